@@ -1,0 +1,469 @@
+"""Plan → images: finds what is missing, fetches what it needs, builds it in parallel, names the result.
+
+A node whose image is in local storage under its key is done. Work that was cut short goes on at the
+first missing node; nothing half-made ever has a name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from imagebuild import images, run
+from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.plan import Node, Plan
+from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, write_context
+from imagebuild.report import Report, Step, seconds, size
+from imagebuild.sources import Wanted, fetch, locate, registry_reference, wanted_packages
+from imagebuild.state import State
+
+Status = Literal["cached", "pulled", "built", "not needed"]
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """What became of one node."""
+
+    name: str
+    status: Status
+    key: str
+    image: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build left behind. `digest` is that of the image's manifest in local storage."""
+
+    image: str
+    digest: str
+    size_bytes: int
+    tags: tuple[str, ...]
+    nodes: tuple[NodeResult, ...]
+    downloaded_files: int = 0
+    downloaded_bytes: int = 0
+
+    @property
+    def worked(self) -> bool:
+        """Tell whether anything had to be done."""
+        return any(node.status in ("built", "pulled") for node in self.nodes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {
+            "image": self.image,
+            "digest": self.digest,
+            "size_bytes": self.size_bytes,
+            "tags": list(self.tags),
+            "downloaded_files": self.downloaded_files,
+            "downloaded_bytes": self.downloaded_bytes,
+            "nodes": [node.__dict__ for node in self.nodes],
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build; none of it changes what is built."""
+
+    jobs: int = 2
+    no_cache: bool = False
+    cache: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def default_name(plan: Plan) -> str:
+    """The name a finished image gets when no other is asked for."""
+    selection = plan.selection
+    middle = f"-{selection.vendor_name}" if selection.tier >= 2 else ""
+    return f"{REPOSITORY}/{selection.base_name}{middle}:tier{selection.tier}"
+
+
+def journal_name(plan: Plan, node: Node) -> str:
+    """Where the journal keeps what a node of this selection was last built from."""
+    return f"{plan.selection.section.replace('/', '_')}-{node.name}"
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The inputs in which two builds of a node differ, in words."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            found.append(f"{name} added")
+        elif name not in new:
+            found.append(f"{name} removed")
+        elif old[name] != new[name]:
+            if name.startswith("package "):
+                found.append(f"{name} {old[name].split(' ')[0]} -> {new[name].split(' ')[0]}")
+            else:
+                found.append(f"{name} changed")
+    return found
+
+
+def needed(rendered: Sequence[Rendered], there: Iterable[str]) -> list[Rendered]:
+    """The nodes to make, parents first: those missing on the way from the target down to what is there."""
+    have = set(there)
+    by_name = {item.node.name: item for item in rendered}
+    found: set[str] = set()
+    queue = [rendered[-1]]
+    while queue:
+        item = queue.pop()
+        if item.image in have or item.node.name in found:
+            continue
+        found.add(item.node.name)
+        queue += [by_name[parent] for parent in item.node.parents]
+    return [item for item in rendered if item.node.name in found]
+
+
+def build(
+    plan: Plan, rendered: Sequence[Rendered], state: State, report: Report, options: Options
+) -> BuildResult:
+    """Make the target of a plan.
+
+    Raises:
+        UnavailableError: a tool, right, mirror or registry is missing.
+        ImgbuildError: a node failed; the error shows its last lines, its log and how to repeat it.
+    """
+    assert plan.locked
+    tags = options.tags or (default_name(plan),)
+    # A dead run left a folder; only then can it have left containers.
+    if state.sweep():
+        images.sweep()
+    there = images.by_name()
+    if options.no_cache:
+        there = {}
+    todo = needed(rendered, there)
+    results = {
+        item.node.name: NodeResult(
+            item.node.name,
+            "cached" if item.image in there else "not needed",
+            item.key or "",
+            item.image or "",
+        )
+        for item in rendered
+    }
+    files = bytes_ = 0
+    if todo:
+        builder = _Builder(plan, rendered, state, report, options)
+        if options.cache:
+            builder.pull_kmods(todo)
+            todo = needed(rendered, {**there, **dict.fromkeys(builder.pulled)})
+        if todo:
+            files, bytes_ = builder.prepare(todo)
+            builder.run(todo)
+        results |= builder.results
+    target = rendered[-1]
+    assert target.image is not None
+    if todo:
+        there = images.by_name()
+    missing = [t for t in tags if _full(t) not in there or there[_full(t)].id != there[target.image].id]
+    images.tag(target.image, *missing)
+    final = there[target.image]
+    return BuildResult(
+        target.image,
+        final.digest,
+        final.size_bytes,
+        tuple(tags),
+        tuple(results[item.node.name] for item in rendered),
+        files,
+        bytes_,
+    )
+
+
+def _full(name: str) -> str:
+    """A tag as local storage writes it."""
+    if ":" not in name.rsplit("/", 1)[-1]:
+        name += ":latest"
+    first = name.split("/", 1)[0]
+    return name if "." in first or ":" in first or first == "localhost" else f"localhost/{name}"
+
+
+class _Builder:
+    """One run of `build`: the nodes that are missing, and what became of them."""
+
+    def __init__(
+        self, plan: Plan, rendered: Sequence[Rendered], state: State, report: Report, options: Options
+    ) -> None:
+        self.plan = plan
+        self.rendered = {item.node.name: item for item in rendered}
+        self.state = state
+        self.report = report
+        self.options = options
+        self.pulled: list[str] = []
+        self.results: dict[str, NodeResult] = {}
+        self.isolation = "chroot"
+
+    # --- kmod images from a registry ---
+
+    def cache_reference(self, item: Rendered) -> str:
+        return f"{self.options.cache}:{item.node.name}-{item.key}"
+
+    def _tls(self, which: str) -> list[str]:
+        reference, verify = registry_reference(str(self.options.cache), self.plan.selection.mirrors)
+        return [f"--{which}-tls-verify={str(verify).lower()}"]
+
+    def pull_kmods(self, todo: Sequence[Rendered]) -> None:
+        """Take compiled kmods from the cache registry; a registry that is down is said and passed over."""
+        for item in todo:
+            if item.node.kind != "kmod":
+                continue
+            with self.report.step(item.node.name, "looking in the cache registry") as step:
+                try:
+                    images.copy(
+                        f"docker://{self.cache_reference(item)}",
+                        f"containers-storage:{item.image}",
+                        "--quiet",
+                        *self._tls("src"),
+                        attempts=2,
+                    )
+                except ImgbuildError as error:
+                    step.outcome = (
+                        f"cache registry unreachable: {error.lines[-1][:160] if error.lines else error.what}"
+                        if isinstance(error, UnavailableError)
+                        else "not in the cache"
+                    )
+                    continue
+                found = images.labels(str(item.image)).get(f"{LABEL_PREFIX}.key")
+                if found != item.key:
+                    images.remove([str(item.image)])
+                    step.outcome = f"the cache holds something else under this key ({found}): not used"
+                    continue
+                step.outcome = "pulled from the cache"
+            self.pulled.append(str(item.image))
+            self.results[item.node.name] = NodeResult(
+                item.node.name, "pulled", str(item.key), str(item.image), step.elapsed_s
+            )
+
+    def push_kmod(self, item: Rendered, step: Step) -> None:
+        """Put a compiled kmod into the cache registry; failing to is said, not fatal."""
+        if not self.options.cache or item.node.kind != "kmod":
+            return
+        try:
+            images.copy(
+                f"containers-storage:{item.image}",
+                f"docker://{self.cache_reference(item)}",
+                "--quiet",
+                *self._tls("dest"),
+            )
+            step.outcome = "pushed to the cache"
+        except ImgbuildError as error:
+            self.report.say(
+                f"warning: {item.node.name} is not in the cache: {error.lines[-1] if error.lines else error.what}"
+            )
+
+    # --- before minute one ---
+
+    def prepare(self, todo: Sequence[Rendered]) -> tuple[int, int]:
+        """Check tools, rights, storage and disk, say what to expect, and fetch.
+
+        Returns:
+            Files and bytes downloaded.
+        """
+        programs = ["buildah", "unshare"]
+        if any(item.node.kind == "bootstrap" for item in todo):
+            programs += ["mmdebstrap", "apt-ftparchive"]
+        missing = [program for program in programs if not run.available(program)]
+        if missing:
+            packages = " ".join(sorted({run.PACKAGES[program] for program in missing}))
+            raise UnavailableError(
+                f"not installed: {', '.join(missing)}", help=f"install: apt-get install -y {packages}"
+            )
+        if os.geteuid() != 0:
+            raise UnavailableError(
+                "building needs root: it mounts file systems and makes namespaces",
+                help="run it as root, in a root CI container, or with sudo",
+            )
+        self.isolation, why = images.isolation(self.state)
+        info = images.storage_info()
+        root = Path(info["store"]["GraphRoot"])
+        wanted = self._wanted(todo)
+        download = sum(w.size for w in wanted if not self.state.stored(w.sha256).is_file())
+        installed = sum(p.size for item in todo for p in item.packages)
+        # Packages unpack to about three times their size; storage holds layer and working copy.
+        disk = 3 * 2 * installed + download + sum(1_500_000_000 for i in todo if i.node.kind == "kmod")
+        free = min(_free(root), _free(self.state.root))
+        known = [self.state.journal(journal_name(self.plan, i.node)).get("seconds") for i in todo]
+        times = [float(t) for t in known if isinstance(t, int | float)]
+        guess = f"about {seconds(sum(times))} last time" if len(times) == len(todo) else "first time"
+        self.report.say(
+            f"to build: {', '.join(i.node.name for i in todo)} ({guess}); "
+            f"download {size(download)}, disk up to {size(disk)} of {size(free)} free"
+        )
+        self.report.say(
+            f"isolation {self.isolation} ({why}); storage driver {info['store']['GraphDriverName']} in {root}"
+        )
+        if info["store"]["GraphDriverName"] == "vfs":
+            self.report.say("warning: storage driver vfs copies every layer: slow, and much disk")
+        if free < disk / 3:
+            raise UnavailableError(
+                f"not enough disk: {size(free)} free, up to {size(disk)} needed",
+                help=f"free some in {root} or {self.state.root}; `buildah rmi --prune` removes unnamed images",
+            )
+        with (
+            self.report.step("fetch", f"{len(wanted)} files") if download or wanted else nullcontext() as step
+        ):
+            got = 0
+
+            def on_file(item: Wanted) -> None:
+                nonlocal got
+                got += item.size
+                if step is not None:
+                    step.line(f"{size(got)} of {size(download)}: {item.what}")
+
+            files, bytes_ = fetch(wanted, self.state, on_file)
+            if step is not None:
+                step.outcome = f"{files} files, {size(bytes_)} downloaded and verified"
+        return files, bytes_
+
+    def _wanted(self, todo: Sequence[Rendered]) -> list[Wanted]:
+        packages = [p for item in todo for p in item.packages]
+        absent = [p for p in packages if not self.state.stored(p.sha256).is_file()]
+        wanted: list[Wanted] = []
+        if absent:
+            wanted += wanted_packages(absent, locate(self.plan.selection, self.state))
+        for item in todo:
+            if item.tarball:
+                uri, sha256 = item.tarball
+                wanted.append(Wanted(f"source of {item.node.kmod}", uri, sha256))
+        return wanted
+
+    # --- the builds ---
+
+    def run(self, todo: Sequence[Rendered]) -> None:
+        """Build nodes as soon as their parents are there, at most `jobs` at a time."""
+        waiting = {item.node.name: {p for p in item.node.parents} for item in todo}
+        names = set(waiting)
+        for parents in waiting.values():
+            parents &= names
+        running: dict[Future[None], str] = {}
+        with ThreadPoolExecutor(max(1, self.options.jobs)) as pool:
+            try:
+                while waiting or running:
+                    for name in [n for n, parents in waiting.items() if not parents]:
+                        del waiting[name]
+                        running[pool.submit(self._node, self.rendered[name])] = name
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        name = running.pop(future)
+                        future.result()
+                        for parents in waiting.values():
+                            parents.discard(name)
+            except BaseException:
+                run.stop_all()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _node(self, item: Rendered) -> None:
+        assert item.key is not None and item.image is not None
+        with self.report.step(item.node.name, item.node.summary) as step:
+            with self.state.lock(f"node-{item.key}") as waited:
+                if waited and item.image in images.by_name():
+                    step.outcome = "built by another imgbuild"
+                    status: Status = "cached"
+                else:
+                    self._build(item, step)
+                    status = "built"
+                    self.push_kmod(item, step)
+        self.results[item.node.name] = NodeResult(
+            item.node.name, status, item.key, item.image, round(step.elapsed_s, 2)
+        )
+        if status == "built":
+            self.state.remember(
+                journal_name(self.plan, item.node),
+                {"key": item.key, "inputs": dict(item.inputs), "seconds": round(step.elapsed_s, 1)},
+            )
+
+    def _build(self, item: Rendered, step: Step) -> None:
+        assert item.key is not None and item.image is not None
+        name = f"{self.plan.selection.base_name}-{item.node.name}"
+        log = self.state.logs / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        labels = {f"{LABEL_PREFIX}.key": item.key, f"{LABEL_PREFIX}.node": item.node.name}
+        with self.state.work(item.node.name) as work:
+            context = work / "context"
+            paths = {p.sha256: self.state.stored(p.sha256) for p in item.packages}
+            if item.tarball:
+                paths[item.tarball[1]] = self.state.stored(item.tarball[1])
+            write_context(item, context, paths)
+            try:
+                if item.node.kind == "bootstrap":
+                    self._bootstrap(context, log, step)
+                images.build(
+                    context,
+                    name=item.image,
+                    isolation=self.isolation,
+                    timestamp=LAYER_TIME,
+                    labels=labels,
+                    scratch=work / "tmp",
+                    log=log,
+                    on_line=step.line,
+                )
+            except UnavailableError:
+                raise
+            except ImgbuildError as error:
+                raise self._failure(item, error, context, log, step, labels) from None
+
+    def _bootstrap(self, context: Path, log: Path, step: Step) -> None:
+        run.run(
+            [
+                "unshare",
+                "--net",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "sh",
+                context / "bootstrap.sh",
+            ],
+            env={"SOURCE_DATE_EPOCH": str(LAYER_TIME), "TMPDIR": str(context)},
+            log=log,
+            on_line=step.line,
+            merge=True,
+        )
+
+    def _failure(
+        self,
+        item: Rendered,
+        error: ImgbuildError,
+        context: Path,
+        log: Path,
+        step: Step,
+        labels: Mapping[str, str],
+    ) -> ImgbuildError:
+        """A node's failure as a person needs it: last lines, log, and the command to repeat it."""
+        kept = self.state.root / "failed" / f"{self.plan.selection.base_name}-{item.node.name}"
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.move(context, kept)
+        except OSError:
+            kept = context
+        command = images.build_command(
+            kept, name=str(item.image), isolation=self.isolation, timestamp=LAYER_TIME, labels=labels
+        )
+        advice = [f"log: {log}", f"repeat: {run.pasteable(command)}"]
+        text = "\n".join(error.lines)
+        if "No space left on device" in text:
+            advice.insert(
+                0, "the disk is full: free some space; the next run goes on from the last finished node"
+            )
+        verdict = next((v for v in self.plan.verdicts if v.kmod == item.node.kmod), None)
+        if verdict is not None and verdict.kind == "unknown" and "does not compile" in text:
+            advice.insert(0, "no compat rule covers this pair; add one with a patch, see `imgbuild compat`")
+        said = [line for line in error.lines if line.startswith("imgbuild: ")]
+        what = f"{item.node.name} failed after {seconds(step.elapsed_s)}"
+        if said and not said[-1].endswith("..."):
+            what += f": {said[-1].removeprefix('imgbuild: ')}"
+        return ImgbuildError(what, lines=error.lines, help="\n".join(advice))
+
+
+def _free(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

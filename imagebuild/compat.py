@@ -1,0 +1,172 @@
+"""Kernel × driver rules: which pairs compile, which need a patch, which are blocked.
+
+Versions compare by the distribution's own order (deb-version(7), rpm-version(7)). Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from imagebuild.definitions import CompatRule
+from imagebuild.errors import BlockedError, Location
+
+Order = Callable[[str, str], int]
+"""Compares two versions: negative, zero or positive."""
+
+
+def _deb_order(a: str, b: str) -> int:
+    from univers.debian import compare_versions
+
+    return int(compare_versions(a, b))
+
+
+def _rpm_order(a: str, b: str) -> int:
+    from univers.rpm import vercmp
+
+    return int(vercmp(a, b))
+
+
+ORDERS: Mapping[str, Order] = {"apt": _deb_order, "dnf": _rpm_order}
+"""The version order of each package manager."""
+
+_BOUND = re.compile(r"(<=|>=|!=|<|>|=) *([^ ,]+)")
+_TOKEN = re.compile(r"[^.+~_-]+")
+
+
+def bounds(text: str) -> list[tuple[str, str]]:
+    """`>=6.12.97, <6.13` → [(">=", "6.12.97"), ("<", "6.13")]."""
+    return [(op, version) for op, version in _BOUND.findall(text)]
+
+
+def as_deep_as(version: str, bound: str) -> str:
+    """The front of `version` with as many parts as `bound` has.
+
+    `<=6.12.117` is meant to hold for `6.12.117+deb13-amd64`, which deb-version(7) ranks higher, while
+    `<6.12.0-100` still tells EL builds apart.
+    """
+    depth = len(_TOKEN.findall(bound))
+    matches = list(_TOKEN.finditer(version))
+    return version if len(matches) <= depth else version[: matches[depth - 1].end()]
+
+
+def in_range(version: str, text: str, order: Order) -> bool:
+    """Tell whether a version lies within all bounds, compared as deep as each bound goes."""
+    for op, bound in bounds(text):
+        sign = order(as_deep_as(version, bound), bound)
+        holds = {
+            "<": sign < 0,
+            "<=": sign <= 0,
+            ">": sign > 0,
+            ">=": sign >= 0,
+            "=": sign == 0,
+            "!=": sign != 0,
+        }[op]
+        if not holds:
+            return False
+    return True
+
+
+def covers(outer: str, inner: str, order: Order) -> bool:
+    """Tell whether everything in the range `inner` lies in the range `outer`."""
+    have = bounds(inner)
+    for op, bound in bounds(outer):
+        implied = False
+        for other_op, other in have:
+            sign = order(other, bound)
+            if op in (">", ">="):
+                strict = op == ">" and other_op != ">"
+                implied |= other_op in (">", ">=", "=") and (sign > 0 or (sign == 0 and not strict))
+            elif op in ("<", "<="):
+                strict = op == "<" and other_op != "<"
+                implied |= other_op in ("<", "<=", "=") and (sign < 0 or (sign == 0 and not strict))
+            else:
+                implied |= op == other_op and sign == 0
+        if not implied:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say of one driver on one kernel. `unknown`: no rule covers the pair."""
+
+    kmod: str
+    kind: Literal["ok", "patch", "blocked", "unknown"]
+    driver: str | None
+    kernel: str
+    rule: CompatRule | None = None
+    where: Location | None = None
+
+    @property
+    def text(self) -> str:
+        """The verdict in one line."""
+        pair = f"{self.kmod} {self.driver or '(any version)'} on kernel {self.kernel}"
+        if self.rule is None:
+            return f"{pair}: no rule covers this pair; it is attempted"
+        extra = f" with {self.rule.patch}" if self.rule.patch else ""
+        return f"{pair}: {self.kind}{extra} ({self.rule.reason})"
+
+    def as_dict(self) -> dict[str, object]:
+        """The verdict as plain data."""
+        return {
+            "kmod": self.kmod,
+            "verdict": self.kind,
+            "driver": self.driver,
+            "kernel": self.kernel,
+            "reason": self.rule.reason if self.rule else None,
+            "link": self.rule.link if self.rule else None,
+            "patch": self.rule.patch if self.rule else None,
+            "rule": str(self.where) if self.where else None,
+        }
+
+
+Rules = Iterable[tuple[CompatRule, Location]]
+
+
+def judge(kmod: str, driver: str | None, kernel: str, rules: Rules, order: Order) -> Verdict:
+    """The verdict of the first rule that covers this driver on this kernel release."""
+    for rule, where in rules:
+        if rule.kmod != kmod or (rule.kernel and not in_range(kernel, rule.kernel, order)):
+            continue
+        if rule.driver and (driver is None or not in_range(driver, rule.driver, order)):
+            continue
+        return Verdict(kmod, rule.verdict, driver, kernel, rule, where)
+    return Verdict(kmod, "unknown", driver, kernel)
+
+
+def judge_range(kmod: str, driver: str | None, kernels: str, rules: Rules, order: Order) -> Verdict:
+    """What can be said before the kernel release is known: a block of the base's whole range.
+
+    A rule that covers only part of the range decides nothing yet, nor does any rule after it.
+    """
+    for rule, where in rules:
+        if rule.kmod != kmod:
+            continue
+        if rule.driver and driver is not None and not in_range(driver, rule.driver, order):
+            continue
+        certain = rule.driver is None or driver is not None
+        if certain and (rule.kernel is None or covers(rule.kernel, kernels, order)):
+            return Verdict(kmod, rule.verdict, driver, kernels, rule, where)
+        if rule.verdict != "blocked":
+            break
+    return Verdict(kmod, "unknown", driver, kernels)
+
+
+def blocked_error(verdict: Verdict) -> BlockedError:
+    """The error for a blocked pair: why, what still works, and how to try anyway."""
+    assert verdict.rule is not None
+    rule = verdict.rule
+    parts = [rule.reason + (f" ({rule.link})" if rule.link else "")]
+    if rule.unblock:
+        parts.append(f"what still works: {rule.unblock}")
+    parts.append(
+        "to try anyway: --allow-blocked, or `imgbuild compat --probe` to see whether the rule still holds"
+    )
+    return BlockedError(
+        f"{verdict.kmod} {verdict.driver or ''} is blocked on kernel {verdict.kernel}".replace("  ", " "),
+        where=verdict.where,
+        help="\n".join(parts),
+    )

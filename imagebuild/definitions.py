@@ -1,0 +1,360 @@
+"""The YAML formats as frozen typed objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, field
+
+# --- words that definitions are made of -------------------------------------------------------------
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+"""Name of a base, vendor, layer, kmod or repository: lower case, digits, dot, dash, underscore."""
+PackageSpec = Annotated[
+    str,
+    Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._:~{}^-]*( ?(=|>=|<=|>>|<<|<|>) ?[A-Za-z0-9+._:~{}^-]+)?$"),
+]
+"""A package or capability, as the distribution writes it, with an optional version."""
+Capability = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._:~{}()-]*( ?\(?[<>=]+ ?[A-Za-z0-9+._:~{}^-]+\)?)?$")
+]
+"""What a package provides, in the distribution's own syntax; `{version}` and `{epoch}` are filled in."""
+RelativePath = Annotated[
+    str,
+    Meta(
+        pattern=r"^\.?[A-Za-z0-9@%+=:,_{}*-][A-Za-z0-9@%+=:,._{}*-]*(/\.?[A-Za-z0-9@%+=:,_{}*-][A-Za-z0-9@%+=:,._{}*-]*)*$",
+        max_length=255,
+    ),
+]
+"""A path below a known folder: never absolute, never with `..`."""
+HostPath = Annotated[str, Meta(pattern=r"^[^\x00-\x1f'\"\\$`]+$")]
+Pattern = Annotated[str, Meta(pattern=r"^/[A-Za-z0-9._/*+-]+$")]
+Uri = Annotated[str, Meta(pattern=r"^(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]-]+$")]
+Key = Annotated[str, Meta(pattern=r"^((https?|file)://)?[A-Za-z0-9@%+=:,.~_/\[\]-]+$")]
+ImageReference = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9._-]+)+(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]{64})?$"
+    ),
+]
+ImageName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-zA-Z0-9][a-zA-Z0-9.-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$"
+    ),
+]
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9@%+=:,./_{}-]+$")]
+"""One shell word without anything a shell would expand."""
+UnitName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9:_.@\\-]+\.(service|socket|target|timer|path|mount|automount|swap|slice|scope|device)$"
+    ),
+]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+.:~_-]*$")]
+Range = Annotated[
+    str,
+    Meta(pattern=r"^ *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+( *, *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+)* *$"),
+]
+"""Comma-separated bounds that all must hold, such as `>=6.12.97, <6.13`."""
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Base of every format: frozen, no unknown keys."""
+
+
+class Repository(Strict, kw_only=True):
+    """A package repository. apt takes `suites` and `components`, dnf the `uri` alone."""
+
+    name: Name
+    uri: Uri | None = None
+    """Where it is; absent means: the mirror map, the host's own apt, or the bootstrap tool's default."""
+    label: str | None = None
+    """The archive's label in its Release file; finds the same archive in the host's own apt sources."""
+    suites: tuple[Word, ...] = ()
+    components: tuple[Word, ...] = ()
+    keyring: HostPath | None = None
+    """Keyring file on the machine that builds."""
+    key: Key | None = None
+    """OpenPGP key: an URL, or a file beside the definition. Its SHA-256 is locked."""
+
+
+class Bootstrap(Strict, kw_only=True):
+    """Tier 1 made from a package mirror alone."""
+
+    suite: Word
+    variant: Literal["essential", "apt", "minbase"] = "minbase"
+    packages: tuple[PackageSpec, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
+    """Paths that no package may install, now or in later tiers."""
+    include: tuple[Pattern, ...] = ()
+    """Paths that stay although `exclude` covers them."""
+
+
+class Tier1(Strict, kw_only=True):
+    """Where tier 1 comes from: an upstream image, or a bootstrap."""
+
+    image: ImageReference | None = None
+    bootstrap: Bootstrap | None = None
+
+    def __post_init__(self) -> None:
+        if (self.image is None) == (self.bootstrap is None):
+            raise ValueError("give either `image` or `bootstrap`")
+
+
+class Kernel(Strict, kw_only=True):
+    """The kernel of a base."""
+
+    range: Range
+    """Kernel releases this base can have at all; lets compat rules answer before any network."""
+    packages: tuple[PackageSpec, ...] = ()
+    """What installs the kernel; empty where the base image carries it."""
+    release_from: PackageSpec | None = None
+    """Name of the package that carries the kernel release, with `{release}` in its place."""
+    headers: tuple[PackageSpec, ...]
+    """What modules are compiled against; `{release}` is filled in."""
+    image_package: PackageSpec
+    """What a kmod package depends on, so that it never outlives its kernel."""
+
+
+class KmodSource(Strict, kw_only=True):
+    """Where module source comes from: a distribution package, a tarball, or a directory."""
+
+    package: PackageSpec | None = None
+    url: Uri | None = None
+    sha256: Sha256 | None = None
+    directory: HostPath | None = None
+    """A directory of this machine, relative to the file that names it."""
+    path: RelativePath | None = None
+    """Folder of the source inside the package or tarball; `{version}` is filled in."""
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("package", "url", "directory") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of `package`, `url` or `directory`")
+        if self.url and not self.sha256:
+            raise ValueError("a tarball needs its `sha256`")
+        if self.sha256 and not self.url:
+            raise ValueError("`sha256` goes with `url`")
+
+
+class KmodPackage(Strict, kw_only=True):
+    """The one .deb or .rpm that carries the compiled modules."""
+
+    name: Name
+    provides: tuple[Capability, ...] = ()
+    conflicts: tuple[Name, ...] = ()
+
+
+class Kmod(Strict, kw_only=True):
+    """One out-of-tree driver: source, how it is built, what it leaves behind."""
+
+    summary: str
+    version: Version | None = None
+    """Driver version; with a package source it comes from the locked package."""
+    source: KmodSource
+    build: str
+    """Shell lines run in the source folder; see $KERNEL_RELEASE, $JOBS and $DRIVER_VERSION."""
+    build_packages: tuple[PackageSpec, ...] = ()
+    """What this build needs beyond the base's toolchain and the kernel headers."""
+    modules: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    """Module names (files NAME.ko, anywhere in the built source)."""
+    licences: tuple[RelativePath, ...] = ()
+    """Licence files, seen from the root of the unpacked source package."""
+    package: KmodPackage
+
+    def __post_init__(self) -> None:
+        if self.source.package is None and self.version is None:
+            raise ValueError("a tarball or directory does not tell its version: give `version`")
+
+
+class KmodOverride(Strict, kw_only=True):
+    """What a site may change of a kmod."""
+
+    version: Version | None = None
+    source: KmodSource | None = None
+    build: str | None = None
+
+
+class Units(Strict, kw_only=True):
+    """systemd units as the image shall have them."""
+
+    enable: tuple[UnitName, ...] = ()
+    disable: tuple[UnitName, ...] = ()
+    mask: tuple[UnitName, ...] = ()
+
+
+class Part(Strict, kw_only=True):
+    """What vendors and layers have in common: something stacked on a tier."""
+
+    repositories: tuple[Repository, ...] = ()
+    packages: tuple[PackageSpec, ...] = ()
+    kmods: dict[Name, Kmod] = {}
+    kargs: tuple[Word, ...] = ()
+    """Kernel arguments, written to /usr/lib/bootc/kargs.d."""
+    units: Units = Units()
+    provides: tuple[Name, ...] = ()
+    """Capabilities of the image that notices ask for."""
+    same_version: tuple[PackageSpec, ...] = ()
+    """Packages that must be of exactly the modules' version."""
+    firmware: RelativePath | None = None
+    """Folder of the firmware that belongs to the modules; `{version}` is filled in."""
+
+
+class Vendor(Part, kw_only=True):
+    """`base/<base>/<vendor>/vendor.yaml`."""
+
+    summary: str
+    layers: tuple[Name, ...] = ()
+    """Layers that come with this vendor."""
+
+
+class Notice(Strict, kw_only=True):
+    """One line for the person who plans an image."""
+
+    unless: Name
+    """The capability that makes the notice pointless."""
+    text: str
+
+
+class Layer(Part, kw_only=True):
+    """`layers/<name>/layer.yaml`."""
+
+    summary: str
+    tier: Literal[2, 3] = 2
+    requires: tuple[Name, ...] = ()
+    conflicts: tuple[Name, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    for_: dict[Name, Part] = field(default_factory=dict, name="for")
+    """What a base, or all bases of one package manager, need in addition."""
+    bases: tuple[Name, ...] = ()
+    """Bases this layer is for; empty means all."""
+
+
+class Base(Strict, kw_only=True):
+    """`base/<base>/base.yaml`."""
+
+    summary: str
+    package_manager: Literal["apt", "dnf"]
+    arch: Name
+    """Architecture as the package manager calls it."""
+    bootc: bool
+    module_compression: Literal["xz", "zstd", "gzip", "none"]
+    """How the distribution compresses its kernel modules."""
+    repositories: tuple[Repository, ...] = ()
+    tier1: Tier1
+    kernel: Kernel
+    toolchain: tuple[PackageSpec, ...]
+    """What compiles and packs kernel modules, beside the headers."""
+    units: Units = Units()
+    kargs: tuple[Word, ...] = ()
+
+
+class CompatRule(Strict, kw_only=True):
+    """What is known of one driver range on one kernel range."""
+
+    kmod: Name
+    driver: Range | None = None
+    """Driver versions; absent means all."""
+    kernel: Range | None = None
+    """Kernel releases; absent means all."""
+    verdict: Literal["ok", "patch", "blocked"]
+    patch: RelativePath | None = None
+    reason: str
+    link: str | None = None
+    unblock: str | None = None
+    """What still works, or which pin would lift the block."""
+
+    def __post_init__(self) -> None:
+        if (self.verdict == "patch") != (self.patch is not None):
+            raise ValueError("`patch` goes with `verdict: patch`, and only with it")
+
+
+class Compat(Strict, kw_only=True):
+    """`compat.yaml`: the first rule that covers a pair decides."""
+
+    rules: tuple[CompatRule, ...] = ()
+
+
+class Mirror(Strict, kw_only=True):
+    """Where a repository is found instead."""
+
+    uri: Uri
+    key: Key | None = None
+    """Replaces the repository's own key or keyring (a file beside the mirror map, or an URL)."""
+
+
+class MirrorMap(Strict, kw_only=True):
+    """A mirror map: replaces the locations of repositories and registries, and nothing else."""
+
+    repositories: dict[str, Mirror | Uri] = {}
+    """Repository name (or `debian`-style archive name) → location."""
+    registries: dict[str, Word] = {}
+    """Registry host, optionally with a path → what stands in its place."""
+    insecure: tuple[Word, ...] = ()
+    """Registries reached without TLS verification."""
+
+
+class Site(Strict, kw_only=True):
+    """`imgbuild.yaml`: what one fleet wants."""
+
+    name: Name = "site"
+    base: Name | None = None
+    vendor: Name | None = None
+    with_: tuple[Name, ...] = field(default=(), name="with")
+    """Layers in addition to those of the vendor."""
+    without: tuple[Name, ...] = ()
+    """Layers to leave out."""
+    kmods: dict[Name, KmodOverride] = {}
+    """Another source or version of a driver."""
+    packages: tuple[PackageSpec, ...] | None = None
+    """Replaces the vendor's userland packages, for a driver from source."""
+    mirrors: MirrorMap = MirrorMap()
+    cache: ImageName | None = None
+    """REGISTRY/REPOSITORY that keeps kmod images."""
+    tags: tuple[ImageName, ...] = ()
+    """Names the finished image gets."""
+
+
+FORMATS: Mapping[str, type[Strict]] = {
+    "base": Base,
+    "vendor": Vendor,
+    "compat": Compat,
+    "layer": Layer,
+    "mirror-map": MirrorMap,
+    "site": Site,
+}
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON Schema of one format, for editors. Raises KeyError for an unknown name."""
+    schema = msgspec.json.schema(FORMATS[name])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def as_json(value: Strict) -> str:
+    """A definition as canonical JSON: sorted keys, one line."""
+    return msgspec.json.encode(value, order="deterministic").decode()
+
+
+def describe_pattern(pattern: str) -> str:
+    """What a pattern of this module takes, in words; empty for an unknown one."""
+    for kind, text in (
+        (Name, "lower-case letters, digits, dot, dash and underscore, at most 64"),
+        (RelativePath, "a path below the folder of the definition: not absolute, no `..`"),
+        (Range, "bounds such as `>=6.12.97, <6.13`"),
+        (Uri, "a location such as http://mirror.example/debian or file:///srv/mirror"),
+        (PackageSpec, "a package name, optionally with a version: `name` or `name = 1.2`"),
+        (UnitName, "a systemd unit with its type, such as `sshd.service`"),
+        (Word, "one word without quotes, spaces or shell characters"),
+        (ImageReference, "an image such as registry.example/name:tag"),
+        (ImageName, "an image name such as registry.example/name:tag"),
+        (Version, "a version such as 550.163.01"),
+        (Sha256, "64 hexadecimal digits"),
+    ):
+        if kind.__metadata__[0].pattern == pattern:  # type: ignore[attr-defined]
+            return f"it takes {text}"
+    return ""

@@ -1,0 +1,293 @@
+"""Image storage through buildah and skopeo: which images are there, build, mount, copy, remove.
+
+Knows nothing of tiers or locks. Builds run without network, in a PID namespace of their own, so
+that everything they start ends with them (unshare(1), --kill-child).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.run import Result, run
+from imagebuild.state import State, is_dead, owner
+
+# The smallest x86-64 ELF program: exit(0). Enough to see whether a RUN step works here.
+_TRUE_ELF = bytes.fromhex(
+    "7f454c4602010100000000000000000002003e00010000007800400000000000"
+    "4000000000000000000000000000000000000000400038000100000000000000"
+    "0100000005000000000000000000000000004000000000000000400000000000"
+    "8100000000000000810000000000000000100000000000006a3c5831ff0f0500"
+    "00"
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image in local storage."""
+
+    id: str
+    names: tuple[str, ...]
+    digest: str
+    size_bytes: int
+
+
+@cache
+def buildah_version() -> tuple[int, ...]:
+    """Version of the installed buildah. Raises UnavailableError without one."""
+    text = run(["buildah", "--version"]).stdout
+    match = re.search(r"version (\d+)\.(\d+)\.(\d+)", text)
+    if match is None:
+        raise ImgbuildError(f"cannot tell buildah's version from `{text.strip()}`")
+    return tuple(int(part) for part in match.groups())
+
+
+def images() -> list[Image]:
+    """All images in local storage."""
+    listed = json.loads(run(["buildah", "images", "--json"]).stdout or "null") or []
+    return [
+        Image(
+            item["id"], tuple(item.get("names") or ()), item.get("digest", ""), _bytes(item.get("size", ""))
+        )
+        for item in listed
+    ]
+
+
+def _bytes(text: str) -> int:
+    match = re.match(r"([0-9.]+) ?([kKMGT]?)i?B?", text)
+    if match is None:
+        return 0
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def by_name() -> dict[str, Image]:
+    """Images of local storage by each of their names."""
+    return {name: image for image in images() for name in image.names}
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """What buildah tells of an image, with `OCIv1` (the image config) and `FromImageDigest`.
+
+    Raises:
+        ImgbuildError: there is no such image in local storage.
+    """
+    result = run(["buildah", "inspect", "--type", "image", name], check=False)
+    if result.returncode != 0:
+        raise ImgbuildError(f"there is no image `{name}` in local storage", lines=result.tail)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def labels(name: str) -> dict[str, str]:
+    """The labels of an image."""
+    found: dict[str, str] = inspect(name)["OCIv1"]["config"].get("Labels") or {}
+    return found
+
+
+def remove(names: Sequence[str]) -> None:
+    """Remove image names, and images no other name is left of; unknown ones are passed over."""
+    for name in names:
+        run(["buildah", "rmi", name], check=False)
+
+
+def tag(name: str, *others: str) -> None:
+    """Give an image further names."""
+    if others:
+        run(["buildah", "tag", name, *others])
+
+
+def storage_info() -> dict[str, Any]:
+    """Storage driver, graph root and host facts, as `buildah info` tells them."""
+    found: dict[str, Any] = json.loads(run(["buildah", "info"]).stdout)
+    return found
+
+
+def graph_root() -> Path:
+    """Folder of the image storage."""
+    return Path(storage_info()["store"]["GraphRoot"])
+
+
+def isolation(state: State) -> tuple[str, str]:
+    """The isolation RUN steps can use here, and why: `oci` where it works, else `chroot`.
+
+    Tried out with a program that does nothing, once per boot and buildah version.
+    $BUILDAH_ISOLATION is obeyed.
+    """
+    named = os.environ.get("BUILDAH_ISOLATION")
+    if named:
+        return named, "$BUILDAH_ISOLATION"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    version = ".".join(map(str, buildah_version()))
+    known = state.journal("isolation")
+    if known.get("boot") == boot and known.get("buildah") == version:
+        return known["isolation"], known["why"]
+    chosen, why = _try_isolation()
+    state.remember("isolation", {"boot": boot, "buildah": version, "isolation": chosen, "why": why})
+    return chosen, why
+
+
+def _try_isolation() -> tuple[str, str]:
+    name = f"{owner()}-probe"
+    run(["buildah", "from", "--name", name, "scratch"])
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(_TRUE_ELF)
+            file.flush()
+            Path(file.name).chmod(stat.S_IRWXU | stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH)
+            run(["buildah", "copy", name, file.name, "/true"])
+        tried = run(["buildah", "run", "--isolation", "oci", name, "--", "/true"], check=False)
+        if tried.returncode == 0:
+            return "oci", "works on this machine"
+        last = tried.tail[0] if tried.tail else f"exit code {tried.returncode}"
+        return "chroot", f"the default does not work on this machine: {last[:160]}"
+    finally:
+        run(["buildah", "rm", name], check=False)
+
+
+def build(
+    context: Path,
+    *,
+    name: str,
+    isolation: str,
+    timestamp: int,
+    labels: Mapping[str, str],
+    scratch: Path,
+    log: Path,
+    on_line: Callable[[str], None],
+) -> Result:
+    """Build `context/Containerfile` into the image `name`; the name appears only when all is done.
+
+    Args:
+        timestamp: seconds since the epoch that every file and the history get.
+        labels: set at commit.
+        scratch: folder for buildah's temporary files.
+
+    Raises:
+        ImgbuildError: the build failed; the error carries the last lines.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    argv = build_command(
+        context, name=name, isolation=isolation, timestamp=timestamp, labels=labels, mark=owner()
+    )
+    return run(
+        ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", *argv],
+        env={"TMPDIR": str(scratch), "SOURCE_DATE_EPOCH": str(timestamp)},
+        log=log,
+        on_line=on_line,
+        merge=True,
+    )
+
+
+def build_command(
+    context: Path | str,
+    *,
+    name: str,
+    isolation: str,
+    timestamp: int,
+    labels: Mapping[str, str],
+    mark: str = "",
+) -> list[str]:
+    """The buildah command that builds a context; `mark` is how a dead owner's containers are found."""
+    argv = ["buildah", "build", "--format", "oci", "--layers=false", "--pull=never"]
+    argv += ["--isolation", isolation, "--timestamp", str(timestamp)]
+    if mark:
+        argv += ["--add-host", f"{mark}:127.0.0.1"]
+    for key, value in sorted(labels.items()):
+        argv += ["--label", f"{key}={value}"]
+    return [*argv, "--tag", name, "--file", f"{context}/Containerfile", str(context)]
+
+
+def sweep() -> list[str]:
+    """Remove working containers that a dead imgbuild left, and only those; returns their ids."""
+    listed = json.loads(run(["buildah", "containers", "--json"]).stdout or "null") or []
+    if not listed:
+        return []
+    root = graph_root()
+    gone = []
+    for item in listed:
+        if _is_left_over(item, root):
+            run(["buildah", "rm", item["id"]], check=False)
+            gone.append(item["id"])
+    return gone
+
+
+def _is_left_over(container: Mapping[str, Any], root: Path) -> bool:
+    name = str(container.get("containername", ""))
+    if is_dead("-".join(name.split("-")[:4])):
+        return True
+    for driver in root.glob("*-containers"):
+        try:
+            text = (driver / container["id"] / "userdata" / "buildah.json").read_text()
+            hosts = json.loads(text).get("CommonBuildOpts", {}).get("AddHost") or []
+        except (OSError, ValueError):
+            continue
+        return any(is_dead(host.split(":")[0]) for host in hosts)
+    return False
+
+
+@contextmanager
+def mounted(name: str) -> Iterator[Path]:
+    """The root file system of an image, mounted for reading; unmounted afterwards."""
+    container = f"{owner()}-{os.urandom(4).hex()}"
+    result = run(["buildah", "from", "--pull=never", "--name", container, name], check=False)
+    if result.returncode != 0:
+        raise ImgbuildError(f"there is no image `{name}` in local storage", lines=result.tail)
+    try:
+        yield Path(run(["buildah", "mount", container]).stdout.strip())
+    finally:
+        run(["buildah", "rm", container], check=False)
+
+
+def layer_files(name: str, folder: Path) -> tuple[Path, ...]:
+    """The layers of an image as tar files in `folder`, base first."""
+    run(["skopeo", "copy", "--quiet", f"containers-storage:{name}", f"dir:{folder}"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return tuple(folder / layer["digest"].split(":")[1] for layer in manifest["layers"])
+
+
+_NETWORK = re.compile(
+    r"connection refused|no such host|i/o timeout|TLS handshake|network is unreachable|no route to host"
+    r"|connection reset|unexpected EOF|50[0234] |Too Many Requests|server misbehaving|deadline exceeded"
+    r"|Service Unavailable|Bad Gateway|Client.Timeout",
+    re.IGNORECASE,
+)
+
+
+def is_network_trouble(lines: Sequence[str]) -> bool:
+    """Tell whether a program's output speaks of the network or a server, not of what was asked."""
+    return any(_NETWORK.search(line) for line in lines)
+
+
+def copy(source: str, destination: str, *options: str, attempts: int = 4) -> Result:
+    """`skopeo copy` with back-off on network trouble, and on nothing else.
+
+    Raises:
+        UnavailableError: the registry could not be reached, whatever the number of attempts.
+        ImgbuildError: it was reached and refused.
+    """
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(UnavailableError),
+        stop=stop_after_attempt(attempts),
+        wait=wait_exponential_jitter(initial=0.5, max=8),
+        reraise=True,
+    )
+    for attempt in retrying:
+        with attempt:
+            result = run(["skopeo", "copy", *options, source, destination], check=False)
+            if result.returncode == 0:
+                return result
+            kind = UnavailableError if is_network_trouble(result.tail) else ImgbuildError
+            raise kind(f"cannot copy {source} to {destination}", lines=result.tail[-5:])
+    raise AssertionError("unreachable")

@@ -1,0 +1,168 @@
+"""Definitions + lock → the graph of images to build. Pure: no file is written, no program is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from imagebuild.compat import ORDERS, Verdict, blocked_error, judge, judge_range
+from imagebuild.load import Selection
+from imagebuild.lock import LockedKmod, LockedPackage, Section, fill
+
+Kind = Literal["bootstrap", "upstream", "kernel", "builder", "kmod", "tier"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One image of the graph.
+
+    `parents` are names of nodes: the one it is built from first, then the kmod images it takes in.
+    `packages` are what is installed in it, empty when not locked yet; `specs` what was asked for.
+    `source` is the package that carries a driver's source.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    parents: tuple[str, ...] = ()
+    specs: tuple[str, ...] = ()
+    packages: tuple[LockedPackage, ...] = ()
+    kmod: str = ""
+    source: LockedPackage | None = None
+    patches: tuple[str, ...] = ()
+
+    @property
+    def has_packages(self) -> bool:
+        """Tell whether anything is installed in this node."""
+        return bool(self.specs)
+
+    @property
+    def final(self) -> bool:
+        """Tell whether this node is a tier, which gets a name people use."""
+        return self.kind in ("bootstrap", "upstream", "tier")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be built: the nodes in an order in which each comes after its parents."""
+
+    selection: Selection
+    section: Section | None
+    nodes: tuple[Node, ...]
+    verdicts: tuple[Verdict, ...]
+    notices: tuple[str, ...]
+
+    @property
+    def locked(self) -> bool:
+        """Tell whether versions are known, and so keys can be."""
+        return self.section is not None
+
+    @property
+    def kernel_release(self) -> str:
+        """The kernel release, or what stands for it while it is not locked."""
+        return self.section.kernel_release if self.section else "<unlocked: kernel_release>"
+
+    def kmod(self, name: str) -> LockedKmod:
+        """A driver's locked version, or what stands for it."""
+        if self.section:
+            return self.section.kmods[name]
+        known = self.selection.kmods[name][0].version
+        return LockedKmod(version=known or f"<unlocked: {name}.version>")
+
+    @property
+    def target(self) -> Node:
+        """The node that was asked for."""
+        return self.nodes[-1]
+
+
+def plan(selection: Selection, section: Section | None, *, allow_blocked: bool = False) -> Plan:
+    """Lay out the graph: tier1 → kernel → builder → kmods → tier2.
+
+    Raises:
+        BlockedError: a compat rule blocks a driver, and blocked pairs were not allowed.
+    """
+    verdicts = tuple(_verdicts(selection, section))
+    for verdict in verdicts:
+        if verdict.kind == "blocked" and not allow_blocked:
+            raise blocked_error(verdict)
+    transactions = section.transactions if section else {}
+    base = selection.base
+    upstream = base.tier1.bootstrap
+    nodes = [
+        Node(
+            "tier1",
+            "bootstrap" if upstream else "upstream",
+            base.summary,
+            specs=upstream.packages if upstream else (),
+            packages=transactions.get("tier1", ()),
+        )
+    ]
+    if selection.tier >= 2:
+        below = "tier1"
+        if base.kernel.packages:
+            nodes.append(
+                Node(
+                    "kernel",
+                    "kernel",
+                    "the one kernel of the image",
+                    (below,),
+                    base.kernel.packages,
+                    transactions.get("kernel", ()),
+                )
+            )
+            below = "kernel"
+        if selection.kmods:
+            nodes.append(
+                Node(
+                    "builder",
+                    "builder",
+                    "kernel headers and compiler; thrown away",
+                    (below,),
+                    (*base.kernel.headers, *base.toolchain),
+                    transactions.get("builder", ()),
+                )
+            )
+        by_name = {verdict.kmod: verdict for verdict in verdicts}
+        for name, (kmod, _) in selection.kmods.items():
+            rule = by_name[name].rule
+            nodes.append(
+                Node(
+                    f"kmod-{name}",
+                    "kmod",
+                    kmod.summary,
+                    ("builder",),
+                    kmod.build_packages,
+                    transactions.get(f"kmod-{name}", ()),
+                    kmod=name,
+                    source=section.kmods[name].source if section else None,
+                    patches=(rule.patch,) if rule and rule.patch else (),
+                )
+            )
+        nodes.append(
+            Node(
+                "tier2",
+                "tier",
+                f"{selection.base_name} with vendor {selection.vendor_name}",
+                (below, *(f"kmod-{name}" for name in selection.kmods)),
+                tuple(spec for piece in selection.pieces for spec in piece.part.packages),
+                transactions.get("tier2", ()),
+            )
+        )
+    return Plan(selection, section, tuple(nodes), verdicts, tuple(selection.notices))
+
+
+def _verdicts(selection: Selection, section: Section | None) -> list[Verdict]:
+    order = ORDERS[selection.base.package_manager]
+    found = []
+    for name, (kmod, piece) in selection.kmods.items():
+        if section is None:
+            found.append(judge_range(name, kmod.version, selection.base.kernel.range, piece.rules, order))
+        else:
+            driver = section.kmods[name].version
+            found.append(judge(name, driver, section.kernel_release, piece.rules, order))
+    return found
+
+
+def fill_kmod(text: str, locked: LockedKmod, release: str) -> str:
+    """Fill a kmod's version, epoch and kernel release into a definition's text."""
+    return fill(text, version=locked.version, epoch=locked.epoch, release=release)

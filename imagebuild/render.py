@@ -1,0 +1,465 @@
+"""Node → Containerfile text, build context and key. Pure, and the same to the byte for the same input.
+
+A node's key is the SHA-256 over all that can change its bytes: the rendered Containerfile, every
+context file, the locked hashes of its packages, and through the image names its parents' keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from imagebuild.definitions import Units
+from imagebuild.errors import DefinitionError
+from imagebuild.load import Selection, shipped
+from imagebuild.lock import LockedPackage
+from imagebuild.plan import Node, Plan, fill_kmod
+
+LAYER_TIME = 1_700_000_000
+"""Seconds since the epoch that every file of every layer gets: one clamped time, so that the same
+key gives the same digest. Not 0, which programs take for "no time"."""
+REPOSITORY = "localhost/imgbuild"
+LABEL_PREFIX = "io.imgbuild"
+_INSTALLERS = Path(__file__).parent / "installers"
+
+
+@dataclass(frozen=True)
+class ContextFile:
+    """One file of a build context: where it goes, and its bytes or where they lie."""
+
+    path: str
+    mode: int
+    sha256: str
+    data: bytes | None = None
+    source: Path | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A node ready to build. `key` and `image` are None while the lock is missing.
+
+    `inputs` names everything the key is made of, so that two builds can be compared by name.
+    """
+
+    node: Node
+    containerfile: str
+    files: tuple[ContextFile, ...]
+    packages: tuple[LockedPackage, ...]
+    key: str | None
+    image: str | None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    tarball: tuple[str, str] | None = None
+    """URL and SHA-256 of a source tarball."""
+
+
+def shell_quote(value: object) -> str:
+    """One shell word that means exactly `value`."""
+    return shlex.quote(str(value))
+
+
+def label_quote(value: object) -> str:
+    """A value for a LABEL instruction: quoted, with nothing a Containerfile parser would expand."""
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
+    if "\n" in text or "\r" in text:
+        raise DefinitionError("a label cannot have more than one line")
+    return f'"{text}"'
+
+
+@cache
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=False,
+        autoescape=False,
+    )
+    environment.filters["sh"] = shell_quote
+    environment.filters["label"] = label_quote
+    return environment
+
+
+def _template(name: str) -> str:
+    return Path(name).read_text(encoding="utf-8")
+
+
+def render(plan: Plan) -> tuple[Rendered, ...]:
+    """Render every node of a plan, in the plan's order.
+
+    Raises:
+        DefinitionError: a template or file of a definition is not right.
+    """
+    done: dict[str, Rendered] = {}
+    for node in plan.nodes:
+        done[node.name] = _render_node(plan, node, done)
+    return tuple(done.values())
+
+
+def _render_node(plan: Plan, node: Node, done: Mapping[str, Rendered]) -> Rendered:
+    selection = plan.selection
+    files = {file.path: file for file in _context(plan, node)}
+    images = {name: done[name].image or _unlocked_image(plan, name) for name in node.parents}
+    values = {
+        "node": node,
+        "origin": _origin(selection, node),
+        "image": images,
+        "upstream": _upstream(plan),
+        "kernel_release": plan.kernel_release,
+        "compression": selection.base.module_compression,
+        "kmod": _kmod_values(plan, node),
+        "kmod_images": [(name, images[name]) for name in node.parents[1:]],
+        "units": _units(selection) if node.kind == "tier" else Units(),
+        "labels": _labels(plan) if node.kind == "tier" else [],
+    }
+    text = _environment().get_template(str(shipped() / "Containerfile.tmpl")).render(values)
+    tarball = _tarball(plan, node)
+    packages = (*node.packages, node.source) if node.source else node.packages
+    if not plan.locked:
+        return Rendered(node, text, tuple(files.values()), (), None, None, {}, tarball)
+    inputs = _inputs(node, text, files, images, packages, done, tarball)
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return Rendered(
+        node,
+        text,
+        tuple(files[path] for path in sorted(files)),
+        packages,
+        key,
+        f"{REPOSITORY}/{selection.base_name}-{node.name}:{key}",
+        inputs,
+        tarball,
+    )
+
+
+def _inputs(
+    node: Node,
+    text: str,
+    files: Mapping[str, ContextFile],
+    images: Mapping[str, str],
+    packages: Sequence[LockedPackage],
+    done: Mapping[str, Rendered],
+    tarball: tuple[str, str] | None,
+) -> dict[str, str]:
+    """Everything that can change the node's bytes, by a name a person understands."""
+    for name, image in images.items():  # parents count by their own entries
+        text = text.replace(image, name)
+    found = {"Containerfile": hashlib.sha256(text.encode()).hexdigest(), "layer time": str(LAYER_TIME)}
+    for path, file in files.items():
+        found[f"file {path}"] = f"{file.mode:o} {file.link or file.sha256}"
+    for package in packages:
+        found[f"package {package.name}:{package.arch}"] = f"{package.version} {package.sha256}"
+    for name in node.parents:
+        found[f"parent {name}"] = done[name].key or ""
+    if tarball:
+        found["tarball"] = tarball[1]
+    return found
+
+
+def _unlocked_image(plan: Plan, name: str) -> str:
+    return f"{REPOSITORY}/{plan.selection.base_name}-{name}:<unlocked: key>"
+
+
+def _origin(selection: Selection, node: Node) -> str:
+    names = [f"base/{selection.base_name}"]
+    if node.kind == "tier":
+        names += [
+            f"base/{selection.base_name}/{p.name}" if p.kind == "vendor" else f"layers/{p.name}"
+            for p in selection.pieces
+        ]
+    elif node.kind == "kmod":
+        piece = selection.kmods[node.kmod][1]
+        names = [f"{'base/' + selection.base_name if piece.kind == 'vendor' else 'layers'}/{piece.name}"]
+    return ", ".join(names)
+
+
+def _upstream(plan: Plan) -> str:
+    image = plan.selection.base.tier1.image
+    if image is None:
+        return ""
+    name = image.split("@")[0]
+    digest = plan.section.base_digest if plan.section else "<unlocked: base_digest>"
+    last = name.rsplit("/", 1)[-1]
+    return f"{name[: -len(last)]}{last.split(':')[0]}@{digest}"
+
+
+def _kmod_values(plan: Plan, node: Node) -> dict[str, Any]:
+    if node.kind != "kmod":
+        return {}
+    kmod = plan.selection.kmods[node.kmod][0]
+    locked = plan.kmod(node.kmod)
+    return {
+        "name": node.kmod,
+        "version": locked.version,
+        "path": fill_kmod(kmod.source.path or ".", locked, plan.kernel_release),
+        "modules": kmod.modules,
+        "licences": [fill_kmod(path, locked, plan.kernel_release) for path in kmod.licences],
+        "package": kmod.package.name,
+    }
+
+
+def _tarball(plan: Plan, node: Node) -> tuple[str, str] | None:
+    if node.kind != "kmod":
+        return None
+    kmod = plan.selection.kmods[node.kmod][0]
+    if kmod.source.url is None or kmod.source.sha256 is None:
+        return None
+    locked = plan.kmod(node.kmod)
+    return fill_kmod(kmod.source.url, locked, plan.kernel_release), kmod.source.sha256
+
+
+def _units(selection: Selection) -> Units:
+    every = [selection.base.units, *(piece.part.units for piece in selection.pieces)]
+    masked = tuple(dict.fromkeys(unit for units in every for unit in units.mask))
+    disabled = tuple(dict.fromkeys(unit for units in every for unit in units.disable))
+    enabled = tuple(
+        dict.fromkeys(u for units in every for u in units.enable if u not in masked and u not in disabled)
+    )
+    return Units(enable=enabled, disable=disabled, mask=masked)
+
+
+def _labels(plan: Plan) -> list[tuple[str, str]]:
+    """What an image says of itself; `check` holds it to that."""
+    selection = plan.selection
+    units = _units(selection)
+    found = {
+        "kernel-release": plan.kernel_release,
+        "base": selection.base_name,
+        "vendor": selection.vendor_name,
+        "tier": str(selection.tier),
+        "layers": " ".join(piece.name for piece in selection.pieces if piece.kind == "layer"),
+        "kmods": " ".join(f"{name}={plan.kmod(name).version}" for name in selection.kmods),
+        "units": json.dumps({"enable": list(units.enable), "mask": list(units.mask)}, sort_keys=True),
+        "same-version": json.dumps(_same_version(plan), sort_keys=True),
+    }
+    labels = [(f"{LABEL_PREFIX}.{key}", value) for key, value in sorted(found.items())]
+    if selection.base.bootc:
+        labels += [("containers.bootc", "1"), ("ostree.bootable", "1")]
+    return labels
+
+
+def _same_version(plan: Plan) -> dict[str, Any]:
+    """Per driver: its version, its firmware folder, and the packages that must match it."""
+    found: dict[str, Any] = {}
+    installed = {p.name: p.version for p in plan.target.packages}
+    for piece in plan.selection.pieces:
+        for name in piece.part.kmods:
+            locked = plan.kmod(name)
+            entry: dict[str, Any] = {"version": locked.version}
+            if piece.part.firmware:
+                entry["firmware"] = fill_kmod(piece.part.firmware, locked, plan.kernel_release)
+            packages = {p: installed[p] for p in piece.part.same_version if p in installed}
+            if packages:
+                entry["packages"] = packages
+            found[name] = entry
+    return found
+
+
+# --- build contexts ---------------------------------------------------------------------------------
+
+
+def _context(plan: Plan, node: Node) -> Iterator[ContextFile]:
+    selection = plan.selection
+    manager = selection.base.package_manager
+    if node.kind == "bootstrap":
+        yield _text("bootstrap.sh", _bootstrap_script(selection), 0o755)
+        return
+    if node.kind == "upstream":
+        return
+    for folder in ("common", manager):
+        for path in sorted((_INSTALLERS / folder).glob("*.sh")):
+            if path.name in _SCRIPTS[node.kind]:
+                yield _file(f"scripts/{path.name}", path)
+    if node.kind == "kmod":
+        yield from _kmod_context(plan, node)
+    if node.kind == "tier":
+        yield from _tree_context(plan)
+
+
+_SCRIPTS: Mapping[str, tuple[str, ...]] = {
+    "kernel": ("install.sh", "kernel.sh", "clean.sh"),
+    "builder": ("install.sh",),
+    "kmod": ("install.sh", "kmod.sh", "pack.sh", "unpack.sh"),
+    "tier": ("install.sh", "units.sh", "initramfs.sh", "clean.sh"),
+}
+
+
+def _bootstrap_script(selection: Selection) -> str:
+    bootstrap = selection.base.tier1.bootstrap
+    assert bootstrap is not None
+    template = _INSTALLERS / selection.base.package_manager / "bootstrap.sh.j2"
+    return str(
+        _environment().get_template(str(template)).render(bootstrap=bootstrap, arch=selection.base.arch)
+    )
+
+
+def _kmod_context(plan: Plan, node: Node) -> Iterator[ContextFile]:
+    selection = plan.selection
+    kmod, piece = selection.kmods[node.kmod]
+    locked = plan.kmod(node.kmod)
+    release = plan.kernel_release
+    build = kmod.build if kmod.build.endswith("\n") else kmod.build + "\n"
+    yield _text("kmod/build.sh", build)
+    values = {
+        "name": node.kmod,
+        "summary": kmod.summary,
+        "package": kmod.package,
+        "version": locked.version,
+        "epoch": locked.epoch,
+        "kernel_release": release,
+        "arch": selection.base.arch,
+        "kernel_package": fill_kmod(selection.base.kernel.image_package, locked, release),
+        "provides": [fill_kmod(p, locked, release) for p in kmod.package.provides],
+    }
+    for template in sorted((_INSTALLERS / selection.base.package_manager / "package").glob("*.j2")):
+        yield _text(
+            f"kmod/package/{template.stem}", _environment().get_template(str(template)).render(values)
+        )
+    for patch in node.patches:
+        yield _file(f"kmod/patches/{Path(patch).name}", piece.folder / patch)
+    if kmod.source.directory:
+        root = Path(kmod.source.directory)
+        if not root.is_dir():
+            raise DefinitionError(f"the source of kmod `{node.kmod}` is not there: no folder {root}")
+        yield from _walk(root, "source/tree", keep_modes=True)
+
+
+def _tree_context(plan: Plan) -> Iterator[ContextFile]:
+    """The files/ folders of base, vendor and layers, merged; a later one wins."""
+    selection = plan.selection
+    merged: dict[str, ContextFile] = {}
+    folders = [selection.base_folder / "files", *(piece.folder / "files" for piece in selection.pieces)]
+    for folder in folders:
+        if folder.is_dir():
+            for file in _walk(folder, "files"):
+                if file.path.endswith(".j2"):
+                    file = _rendered_file(plan, file)
+                merged[file.path] = file
+    for file in _kargs(selection):
+        merged[file.path] = file
+    yield from merged.values()
+
+
+def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
+    import jinja2
+
+    assert file.source is not None
+    try:
+        text = (
+            _environment()
+            .get_template(str(file.source))
+            .render(
+                kernel_release=plan.kernel_release,
+                base=plan.selection.base_name,
+                vendor=plan.selection.vendor_name,
+                site=plan.selection.site,
+            )
+        )
+    except jinja2.TemplateError as error:
+        raise DefinitionError(f"`{file.source}` cannot be rendered: {error}") from None
+    return _text(file.path.removesuffix(".j2"), text, file.mode)
+
+
+def _kargs(selection: Selection) -> Iterator[ContextFile]:
+    pieces: list[tuple[str, Sequence[str]]] = [("base", selection.base.kargs)]
+    pieces += [(piece.name, piece.part.kargs) for piece in selection.pieces]
+    for name, kargs in pieces:
+        if kargs:
+            words = ", ".join(json.dumps(word) for word in kargs)
+            yield _text(f"files/usr/lib/bootc/kargs.d/10-imgbuild-{name}.toml", f"kargs = [{words}]\n")
+
+
+def _text(path: str, text: str, mode: int = 0o644) -> ContextFile:
+    data = text.encode()
+    return ContextFile(path, mode, hashlib.sha256(data).hexdigest(), data=data)
+
+
+@cache
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file(path: str, source: Path, mode: int | None = None) -> ContextFile:
+    status = source.stat()
+    if mode is None:
+        # What git keeps of a mode; the rest is the umask of whoever cloned.
+        mode = 0o755 if status.st_mode & stat.S_IXUSR else 0o644
+    return ContextFile(path, mode, _digest(source, status.st_size, status.st_mtime_ns), source=source)
+
+
+def _walk(root: Path, prefix: str, *, keep_modes: bool = False) -> Iterator[ContextFile]:
+    """Every file below a folder. Links stay links and are never followed; other kinds are refused."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        here = Path(folder)
+        for name in sorted([*names, *(d for d in folders if (here / d).is_symlink())]):
+            path = here / name
+            target = f"{prefix}/{path.relative_to(root)}"
+            if keep_modes and path.relative_to(root).parts[0] == ".git":
+                continue
+            if path.is_symlink():
+                link = str(path.readlink())
+                yield ContextFile(target, 0o777, hashlib.sha256(link.encode()).hexdigest(), link=link)
+            elif path.is_file():
+                yield _file(target, path)
+            else:
+                raise DefinitionError(f"`{path}` is neither a file nor a link")
+            if any(ord(c) < 32 for c in name):
+                raise DefinitionError(f"a file name below `{root}` has a control character: {name!r}")
+
+
+def write_context(rendered: Rendered, folder: Path, packages: Mapping[str, Path]) -> None:
+    """Write a node's build context.
+
+    Args:
+        packages: path of each locked package's file, by SHA-256; those not named are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "Containerfile").write_text(rendered.containerfile, encoding="utf-8")
+    for name in ("packages", "scripts", "source", "kmod", "files"):
+        (folder / name).mkdir(exist_ok=True)
+    for file in rendered.files:
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.link is not None:
+            target.symlink_to(file.link)
+            continue
+        target.write_bytes(file.data if file.data is not None else _bytes(file))
+        target.chmod(file.mode)
+    for path in folder.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+    source = rendered.node.source
+    for package in rendered.packages:
+        place = packages.get(package.sha256)
+        if place is not None:
+            within = "source" if source is not None and package == source else "packages"
+            _place(place, folder / within / Path(package.path).name)
+    if rendered.tarball and rendered.tarball[1] in packages:
+        name = rendered.tarball[0].rsplit("/", 1)[-1]
+        _place(packages[rendered.tarball[1]], folder / "source" / name)
+
+
+def _bytes(file: ContextFile) -> bytes:
+    assert file.source is not None
+    return file.source.read_bytes()
+
+
+def _place(source: Path, target: Path) -> None:
+    """Link where it can be, copy where it cannot (another file system)."""
+    import shutil
+
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,230 @@
+"""Where repositories are, and verified downloads from them into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from imagebuild.definitions import Mirror, MirrorMap, Repository
+from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
+from imagebuild.load import Selection
+from imagebuild.run import run
+from imagebuild.state import State, sha256_of
+
+PARALLEL_DOWNLOADS = 8
+
+
+@dataclass(frozen=True)
+class Location:
+    """A repository and where it is found: without trailing slash, with its key as a local file."""
+
+    repository: Repository
+    uri: str
+    key: Path | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file to have in the store: what it is, where from, its SHA-256 and size in bytes (0: unknown)."""
+
+    what: str
+    uri: str
+    sha256: str
+    size: int = 0
+
+
+def host_locations() -> dict[str, str]:
+    """Locations the host's own apt uses, by archive label; empty where there is no apt."""
+    try:
+        result = run(
+            ["apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)", "Created-By: Packages"],
+            check=False,
+        )
+    except UnavailableError:
+        return {}
+    found: dict[str, str] = {}
+    for line in result.stdout.splitlines():
+        label, _, uri = line.partition("|")
+        if label and uri.startswith(("http://", "https://")):
+            found.setdefault(label, uri.rstrip("/"))
+    return found
+
+
+def locate(selection: Selection, state: State) -> dict[str, Location]:
+    """Find every repository of a selection: mirror map, then definition, then the host's own apt.
+
+    Raises:
+        DefinitionError: the mirror map names a repository nobody has.
+        UnavailableError: a repository's place or key cannot be told.
+    """
+    mirrors = selection.mirrors
+    found: dict[str, Location] = {}
+    host: dict[str, str] | None = None
+    for repository, folder in selection.repositories:
+        mirror = mirrors.repositories.get(repository.name)
+        uri = mirror.uri if isinstance(mirror, Mirror) else mirror or repository.uri
+        if uri is None:
+            host = host_locations() if host is None else host
+            uri = host.get(repository.label or "")
+        if uri is None:
+            raise UnavailableError(
+                f"no location known for repository `{repository.name}`",
+                help="name one in a mirror map (--mirror-map FILE), or run `apt-get update` so that the "
+                f"host's own sources for archive `{repository.label}` can be used",
+            )
+        key: Path | None
+        if isinstance(mirror, Mirror) and mirror.key:
+            key = _key(mirror.key, selection.mirrors_folder, repository.name, state)
+        elif repository.key:
+            key = _key(repository.key, folder, repository.name, state)
+        elif repository.keyring:
+            key = Path(repository.keyring)
+            if not key.is_file():
+                raise UnavailableError(
+                    f"there is no keyring `{key}` for repository `{repository.name}`",
+                    help="apt-get install -y debian-archive-keyring",
+                )
+        else:
+            key = None
+        found[repository.name] = Location(repository, uri.rstrip("/"), key)
+    return found
+
+
+def _key(key: str, folder: Path, name: str, state: State) -> Path:
+    if key.startswith(("http://", "https://", "file://")):
+        place = state.root / "keys" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.asc"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _get(key, place, f"the key of repository `{name}`")
+        return place
+    path = (folder / key).resolve()
+    if not path.is_file():
+        raise DefinitionError(
+            f"there is no key file `{key}` for repository `{name}`", help=f"looked for {path}"
+        )
+    return path
+
+
+def registry_reference(reference: str, mirrors: MirrorMap) -> tuple[str, bool]:
+    """Where an image is really pulled from, and whether TLS is verified there."""
+    for prefix, other in sorted(mirrors.registries.items(), key=lambda item: -len(item[0])):
+        if reference == prefix or reference.startswith(prefix.rstrip("/") + "/"):
+            reference = other.rstrip("/") + reference[len(prefix.rstrip("/")) :]
+            break
+    return reference, reference.split("/", 1)[0] not in mirrors.insecure
+
+
+def _session() -> Any:
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
+
+    session = requests.Session()
+    retry = Retry(
+        total=4,
+        backoff_factor=0.5,
+        status_forcelist=(429, 500, 502, 503, 504),
+        respect_retry_after_header=True,
+    )
+    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=PARALLEL_DOWNLOADS)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
+def _get(uri: str, place: Path, what: str, session: Any = None) -> None:
+    """Fetch one file. Raises UnavailableError (server) or ImgbuildError (it is not there)."""
+    if uri.startswith("file://"):
+        source = Path(unquote(urlsplit(uri).path))
+        if not source.is_file():
+            raise ImgbuildError(f"{what} is not at {uri}")
+        shutil.copyfile(source, place)
+        return
+    import requests
+
+    try:
+        with (session or _session()).get(uri, stream=True, timeout=(15, 60)) as response:
+            if response.status_code in (403, 404, 410):
+                raise ImgbuildError(f"{what} is not at {uri} (HTTP {response.status_code})")
+            if response.status_code != 200:
+                raise UnavailableError(f"{what}: {uri} answers HTTP {response.status_code}")
+            with place.open("wb") as file:
+                for chunk in response.iter_content(1 << 20):
+                    file.write(chunk)
+    except (requests.RequestException, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+            raise ImgbuildError(f"cannot write {what} to `{place}`: {error.strerror}") from None
+        raise UnavailableError(f"{what} cannot be fetched from {uri}", lines=[str(error)[:300]]) from None
+
+
+def fetch(
+    wanted: Sequence[Wanted], state: State, on_file: Callable[[Wanted], None] = lambda _: None
+) -> tuple[int, int]:
+    """Put every wanted file that is not there yet into the store, verified.
+
+    Returns:
+        Number of files and bytes that were downloaded.
+
+    Raises:
+        UnavailableError: a server cannot be reached.
+        ImgbuildError: a file is gone, or is not what the lock says.
+    """
+    missing = list({w.sha256: w for w in wanted if not state.stored(w.sha256).is_file()}.values())
+    if not missing:
+        return 0, 0
+    session = _session()
+    with state.work("download") as folder:
+
+        def one(item: Wanted) -> int:
+            part = folder / item.sha256
+            try:
+                _get(item.uri, part, item.what, session)
+            except ImgbuildError as error:
+                if type(error) is ImgbuildError and not error.help:
+                    error.help = "the mirror no longer has what is locked: `imgbuild lock --upgrade` locks what it has now"
+                raise
+            got = part.stat().st_size
+            if sha256_of(part) != item.sha256:
+                raise ImgbuildError(
+                    f"{item.what} from {item.uri} has the wrong SHA-256",
+                    lines=[f"expected {item.sha256}", f"found    {sha256_of(part)} ({got} bytes)"],
+                    help="the mirror changed the file, or something on the way did: nothing of it is used",
+                )
+            state.add(part, item.sha256)
+            on_file(item)
+            return got
+
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+            futures = [pool.submit(one, item) for item in missing]
+            try:
+                sizes = [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return len(missing), sum(sizes)
+
+
+def wanted_packages(packages: Iterable[Any], locations: Mapping[str, Location]) -> list[Wanted]:
+    """What to fetch for locked packages. Raises DefinitionError for a repository that is gone."""
+    found = []
+    for package in packages:
+        location = locations.get(package.repository)
+        if location is None:
+            raise DefinitionError(
+                f"the lock takes `{package.name}` from repository `{package.repository}`, which is not defined",
+                help="run `imgbuild lock` again",
+            )
+        found.append(
+            Wanted(
+                f"{package.name} {package.version}",
+                f"{location.uri}/{package.path}",
+                package.sha256,
+                package.size,
+            )
+        )
+    return found

@@ -1,0 +1,170 @@
+"""What imgbuild keeps between runs: verified downloads, a journal of builds, logs, and who owns what.
+
+STATE/store/ab/abcd…      downloads and packages, named by their SHA-256
+STATE/journal/NAME.json   the inputs each node was last built from
+STATE/logs/NAME.log       the full output of each node's last build
+STATE/locks/…             one file lock per node key and per store
+STATE/work/OWNER/…        what a running imgbuild is making; swept when OWNER is dead
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imagebuild.errors import ImgbuildError
+
+_OWNER = re.compile(r"^imgbuild-([0-9]+)-([0-9]+)-([0-9a-f]{8})$")
+
+
+def default_state_dir() -> Path:
+    """$IMGBUILD_STATE_DIR, else /var/lib/imgbuild for root, else the user's state folder (XDG)."""
+    named = os.environ.get("IMGBUILD_STATE_DIR")
+    if named:
+        return Path(named)
+    if os.geteuid() == 0:
+        return Path("/var/lib/imgbuild")
+    home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
+    return Path(home) / "imgbuild"
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot (proc(5), field 22), None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def owner() -> str:
+    """A name for this process that no later process can have: pid, start time and boot."""
+    return f"imgbuild-{os.getpid()}-{_started(os.getpid())}-{_boot()}"
+
+
+def is_dead(name: str) -> bool:
+    """Tell whether `name` is an owner whose process is gone. False for anything that is no owner."""
+    match = _OWNER.match(name)
+    if match is None:
+        return False
+    pid, started, boot = match.groups()
+    return boot != _boot() or _started(int(pid)) != started
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if isinstance(data, str):
+            part.write_text(data, encoding="utf-8")
+        else:
+            part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ImgbuildError(f"cannot write `{path}`: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class State:
+    """The state folder. Folders in it are made when they are needed."""
+
+    root: Path
+
+    @property
+    def logs(self) -> Path:
+        """Where the full output of each node's build lies."""
+        return self.root / "logs"
+
+    def stored(self, sha256: str) -> Path:
+        """Where the file with this SHA-256 lies, whether it is there or not."""
+        return self.root / "store" / sha256[:2] / sha256
+
+    def add(self, path: Path, sha256: str) -> Path:
+        """Move a file into the store after checking what it is.
+
+        Raises:
+            ImgbuildError: its SHA-256 is another.
+        """
+        found = sha256_of(path)
+        if found != sha256:
+            path.unlink(missing_ok=True)
+            raise ImgbuildError(f"SHA-256 is {found}, expected {sha256}")
+        place = self.stored(sha256)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o444)
+        path.replace(place)
+        return place
+
+    @contextmanager
+    def work(self, name: str) -> Iterator[Path]:
+        """A folder of this process, removed afterwards; a dead process's folders are swept."""
+        folder = self.root / "work" / owner() / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                folder.parent.rmdir()
+            except OSError:
+                pass
+
+    def sweep(self) -> list[str]:
+        """Remove what dead imgbuild processes left in the work folder; returns their names."""
+        base = self.root / "work"
+        dead = [p for p in base.iterdir() if is_dead(p.name)] if base.is_dir() else []
+        for folder in dead:
+            shutil.rmtree(folder, ignore_errors=True)
+        return [folder.name for folder in dead]
+
+    def journal(self, name: str) -> dict[str, Any]:
+        """What is remembered under `name`; empty when there is nothing, or nothing readable."""
+        try:
+            data = json.loads((self.root / "journal" / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def remember(self, name: str, data: dict[str, Any]) -> None:
+        """Write a journal entry."""
+        write_whole(self.root / "journal" / f"{name}.json", json.dumps(data, indent=1, sort_keys=True))
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[bool]:
+        """Hold the lock `name`; yields True if another process held it first and was waited for."""
+        from filelock import FileLock, Timeout
+
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        waited = False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waited = True
+            lock.acquire()
+        try:
+            yield waited
+        finally:
+            lock.release()
