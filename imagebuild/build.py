@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from imagebuild import images, run
+from imagebuild.compat import Verdict
 from imagebuild.errors import ImgbuildError, UnavailableError
 from imagebuild.plan import Node, Plan
-from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, write_context
+from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
 from imagebuild.report import Report, Step, seconds, size
 from imagebuild.sources import Wanted, fetch, locate, registry_reference, wanted_packages
 from imagebuild.state import State
@@ -74,7 +76,8 @@ class Options:
     jobs: int = 2
     no_cache: bool = False
     cache: str | None = None
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] | None = None
+    """Names for the result; None means the default name, () none."""
 
 
 def default_name(plan: Plan) -> str:
@@ -130,7 +133,7 @@ def build(
         ImgbuildError: a node failed; the error shows its last lines, its log and how to repeat it.
     """
     assert plan.locked
-    tags = options.tags or (default_name(plan),)
+    tags = (default_name(plan),) if options.tags is None else options.tags
     # A dead run left a folder; only then can it have left containers.
     if state.sweep():
         images.sweep()
@@ -204,7 +207,7 @@ class _Builder:
         return f"{self.options.cache}:{item.node.name}-{item.key}"
 
     def _tls(self, which: str) -> list[str]:
-        reference, verify = registry_reference(str(self.options.cache), self.plan.selection.mirrors)
+        _, verify = registry_reference(str(self.options.cache), self.plan.selection.mirrors)
         return [f"--{which}-tls-verify={str(verify).lower()}"]
 
     def pull_kmods(self, todo: Sequence[Rendered]) -> None:
@@ -252,9 +255,8 @@ class _Builder:
             )
             step.outcome = "pushed to the cache"
         except ImgbuildError as error:
-            self.report.say(
-                f"warning: {item.node.name} is not in the cache: {error.lines[-1] if error.lines else error.what}"
-            )
+            reason = error.lines[-1] if error.lines else error.what
+            self.report.say(f"warning: {item.node.name} is not in the cache: {reason}")
 
     # --- before minute one ---
 
@@ -336,7 +338,7 @@ class _Builder:
 
     def run(self, todo: Sequence[Rendered]) -> None:
         """Build nodes as soon as their parents are there, at most `jobs` at a time."""
-        waiting = {item.node.name: {p for p in item.node.parents} for item in todo}
+        waiting = {item.node.name: set(item.node.parents) for item in todo}
         names = set(waiting)
         for parents in waiting.values():
             parents &= names
@@ -360,15 +362,17 @@ class _Builder:
 
     def _node(self, item: Rendered) -> None:
         assert item.key is not None and item.image is not None
-        with self.report.step(item.node.name, item.node.summary) as step:
-            with self.state.lock(f"node-{item.key}") as waited:
-                if waited and item.image in images.by_name():
-                    step.outcome = "built by another imgbuild"
-                    status: Status = "cached"
-                else:
-                    self._build(item, step)
-                    status = "built"
-                    self.push_kmod(item, step)
+        with (
+            self.report.step(item.node.name, item.node.summary) as step,
+            self.state.lock(f"node-{item.key}") as waited,
+        ):
+            if waited and item.image in images.by_name():
+                step.outcome = "built by another imgbuild"
+                status: Status = "cached"
+            else:
+                self._build(item, step)
+                status = "built"
+                self.push_kmod(item, step)
         self.results[item.node.name] = NodeResult(
             item.node.name, status, item.key, item.image, round(step.elapsed_s, 2)
         )
@@ -461,6 +465,75 @@ class _Builder:
         if said and not said[-1].endswith("..."):
             what += f": {said[-1].removeprefix('imgbuild: ')}"
         return ImgbuildError(what, lines=error.lines, help="\n".join(advice))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What compiling a pair showed. `rule_holds`: the rule still tells the truth."""
+
+    verdict: Verdict
+    compiled: bool
+    rule_holds: bool
+    seconds: float
+    lines: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The outcome in a few lines."""
+        pair = f"{self.verdict.kmod} {self.verdict.driver} on kernel {self.verdict.kernel}"
+        did = "compiles" if self.compiled else "does not compile"
+        as_is = " unpatched" if self.verdict.kind == "patch" else ""
+        rule = f"the rule says {self.verdict.kind}" if self.verdict.rule else "no rule covers this pair"
+        if self.verdict.rule:
+            rule += ", which still holds" if self.rule_holds else ", which no longer tells the truth"
+        lines = [f"{pair}:{as_is} {did} ({seconds(self.seconds)}); {rule}"]
+        if self.verdict.where:
+            lines.append(f"  rule: {self.verdict.where}")
+        return "\n".join([*lines, *(f"  | {line}" for line in self.lines)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as plain data."""
+        return {
+            **self.verdict.as_dict(),
+            "compiled": self.compiled,
+            "rule_holds": self.rule_holds,
+            "seconds": round(self.seconds, 1),
+            "output": list(self.lines),
+        }
+
+
+def probe(plan: Plan, kmod: str, state: State, report: Report) -> Probe:
+    """Compile one driver as it is, without the patch of a rule, and compare with what the rule says.
+
+    A rule `ok` holds if the driver compiles, `blocked` and `patch` if it does not.
+
+    Raises:
+        UnavailableError: what the compile needs is not to be had.
+        ImgbuildError: something else than the compile failed.
+    """
+    verdict = next(v for v in plan.verdicts if v.kmod == kmod)
+    wanted = f"kmod-{kmod}"
+    bare = replace(
+        plan,
+        nodes=tuple(
+            replace(node, patches=()) if node.name == wanted else node
+            for node in plan.nodes
+            if node.name == wanted or node.kind not in ("kmod", "tier")
+        ),
+    )
+    lines: tuple[str, ...] = ()
+    began = time.monotonic()
+    try:
+        build(bare, render(bare), state, report, Options(tags=()))
+        compiled = True
+    except UnavailableError:
+        raise
+    except ImgbuildError as error:
+        if not any("does not compile" in line for line in error.lines):
+            raise
+        compiled, lines = False, error.lines
+    expected = verdict.kind in ("ok", "unknown")
+    return Probe(verdict, compiled, compiled == expected, time.monotonic() - began, lines)
 
 
 def _free(path: Path) -> int:

@@ -20,13 +20,13 @@ Order = Callable[[str, str], int]
 def _deb_order(a: str, b: str) -> int:
     from univers.debian import compare_versions
 
-    return int(compare_versions(a, b))
+    return int(compare_versions(a, b))  # type: ignore[no-untyped-call]
 
 
 def _rpm_order(a: str, b: str) -> int:
     from univers.rpm import vercmp
 
-    return int(vercmp(a, b))
+    return int(vercmp(a, b))  # type: ignore[no-untyped-call]
 
 
 ORDERS: Mapping[str, Order] = {"apt": _deb_order, "dnf": _rpm_order}

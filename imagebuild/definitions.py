@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, field
+
+from imagebuild.errors import DefinitionError
 
 # --- words that definitions are made of -------------------------------------------------------------
 
@@ -66,7 +69,7 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Base of every format: frozen, no unknown keys."""
 
 
-class Repository(Strict, kw_only=True):
+class Repository(Strict, frozen=True, kw_only=True):
     """A package repository. apt takes `suites` and `components`, dnf the `uri` alone."""
 
     name: Name
@@ -82,7 +85,7 @@ class Repository(Strict, kw_only=True):
     """OpenPGP key: an URL, or a file beside the definition. Its SHA-256 is locked."""
 
 
-class Bootstrap(Strict, kw_only=True):
+class Bootstrap(Strict, frozen=True, kw_only=True):
     """Tier 1 made from a package mirror alone."""
 
     suite: Word
@@ -94,7 +97,7 @@ class Bootstrap(Strict, kw_only=True):
     """Paths that stay although `exclude` covers them."""
 
 
-class Tier1(Strict, kw_only=True):
+class Tier1(Strict, frozen=True, kw_only=True):
     """Where tier 1 comes from: an upstream image, or a bootstrap."""
 
     image: ImageReference | None = None
@@ -105,7 +108,7 @@ class Tier1(Strict, kw_only=True):
             raise ValueError("give either `image` or `bootstrap`")
 
 
-class Kernel(Strict, kw_only=True):
+class Kernel(Strict, frozen=True, kw_only=True):
     """The kernel of a base."""
 
     range: Range
@@ -120,7 +123,7 @@ class Kernel(Strict, kw_only=True):
     """What a kmod package depends on, so that it never outlives its kernel."""
 
 
-class KmodSource(Strict, kw_only=True):
+class KmodSource(Strict, frozen=True, kw_only=True):
     """Where module source comes from: a distribution package, a tarball, or a directory."""
 
     package: PackageSpec | None = None
@@ -141,7 +144,7 @@ class KmodSource(Strict, kw_only=True):
             raise ValueError("`sha256` goes with `url`")
 
 
-class KmodPackage(Strict, kw_only=True):
+class KmodPackage(Strict, frozen=True, kw_only=True):
     """The one .deb or .rpm that carries the compiled modules."""
 
     name: Name
@@ -149,7 +152,7 @@ class KmodPackage(Strict, kw_only=True):
     conflicts: tuple[Name, ...] = ()
 
 
-class Kmod(Strict, kw_only=True):
+class Kmod(Strict, frozen=True, kw_only=True):
     """One out-of-tree driver: source, how it is built, what it leaves behind."""
 
     summary: str
@@ -171,7 +174,7 @@ class Kmod(Strict, kw_only=True):
             raise ValueError("a tarball or directory does not tell its version: give `version`")
 
 
-class KmodOverride(Strict, kw_only=True):
+class KmodOverride(Strict, frozen=True, kw_only=True):
     """What a site may change of a kmod."""
 
     version: Version | None = None
@@ -179,7 +182,7 @@ class KmodOverride(Strict, kw_only=True):
     build: str | None = None
 
 
-class Units(Strict, kw_only=True):
+class Units(Strict, frozen=True, kw_only=True):
     """systemd units as the image shall have them."""
 
     enable: tuple[UnitName, ...] = ()
@@ -187,7 +190,7 @@ class Units(Strict, kw_only=True):
     mask: tuple[UnitName, ...] = ()
 
 
-class Part(Strict, kw_only=True):
+class Part(Strict, frozen=True, kw_only=True):
     """What vendors and layers have in common: something stacked on a tier."""
 
     repositories: tuple[Repository, ...] = ()
@@ -204,7 +207,7 @@ class Part(Strict, kw_only=True):
     """Folder of the firmware that belongs to the modules; `{version}` is filled in."""
 
 
-class Vendor(Part, kw_only=True):
+class Vendor(Part, frozen=True, kw_only=True):
     """`base/<base>/<vendor>/vendor.yaml`."""
 
     summary: str
@@ -212,7 +215,7 @@ class Vendor(Part, kw_only=True):
     """Layers that come with this vendor."""
 
 
-class Notice(Strict, kw_only=True):
+class Notice(Strict, frozen=True, kw_only=True):
     """One line for the person who plans an image."""
 
     unless: Name
@@ -220,7 +223,7 @@ class Notice(Strict, kw_only=True):
     text: str
 
 
-class Layer(Part, kw_only=True):
+class Layer(Part, frozen=True, kw_only=True):
     """`layers/<name>/layer.yaml`."""
 
     summary: str
@@ -234,7 +237,7 @@ class Layer(Part, kw_only=True):
     """Bases this layer is for; empty means all."""
 
 
-class Base(Strict, kw_only=True):
+class Base(Strict, frozen=True, kw_only=True):
     """`base/<base>/base.yaml`."""
 
     summary: str
@@ -253,7 +256,7 @@ class Base(Strict, kw_only=True):
     kargs: tuple[Word, ...] = ()
 
 
-class CompatRule(Strict, kw_only=True):
+class CompatRule(Strict, frozen=True, kw_only=True):
     """What is known of one driver range on one kernel range."""
 
     kmod: Name
@@ -273,13 +276,13 @@ class CompatRule(Strict, kw_only=True):
             raise ValueError("`patch` goes with `verdict: patch`, and only with it")
 
 
-class Compat(Strict, kw_only=True):
+class Compat(Strict, frozen=True, kw_only=True):
     """`compat.yaml`: the first rule that covers a pair decides."""
 
     rules: tuple[CompatRule, ...] = ()
 
 
-class Mirror(Strict, kw_only=True):
+class Mirror(Strict, frozen=True, kw_only=True):
     """Where a repository is found instead."""
 
     uri: Uri
@@ -287,7 +290,7 @@ class Mirror(Strict, kw_only=True):
     """Replaces the repository's own key or keyring (a file beside the mirror map, or an URL)."""
 
 
-class MirrorMap(Strict, kw_only=True):
+class MirrorMap(Strict, frozen=True, kw_only=True):
     """A mirror map: replaces the locations of repositories and registries, and nothing else."""
 
     repositories: dict[str, Mirror | Uri] = {}
@@ -298,7 +301,7 @@ class MirrorMap(Strict, kw_only=True):
     """Registries reached without TLS verification."""
 
 
-class Site(Strict, kw_only=True):
+class Site(Strict, frozen=True, kw_only=True):
     """`imgbuild.yaml`: what one fleet wants."""
 
     name: Name = "site"
@@ -333,6 +336,13 @@ def json_schema(name: str) -> dict[str, Any]:
     """JSON Schema of one format, for editors. Raises KeyError for an unknown name."""
     schema = msgspec.json.schema(FORMATS[name])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def check_image_name(name: str) -> None:
+    """Raise DefinitionError for a name that no image can have."""
+    pattern = ImageName.__metadata__[0].pattern  # type: ignore[attr-defined]
+    if not re.fullmatch(pattern, name) or len(name) > 255:
+        raise DefinitionError(f"`{name}` is no image name", help=describe_pattern(pattern))
 
 
 def as_json(value: Strict) -> str:

@@ -256,9 +256,10 @@ def layer_files(name: str, folder: Path) -> tuple[Path, ...]:
 
 
 _NETWORK = re.compile(
-    r"connection refused|no such host|i/o timeout|TLS handshake|network is unreachable|no route to host"
-    r"|connection reset|unexpected EOF|50[0234] |Too Many Requests|server misbehaving|deadline exceeded"
-    r"|Service Unavailable|Bad Gateway|Client.Timeout",
+    r"connection refused|connection reset|connection timed out|broken pipe|no such host|server misbehaving"
+    r"|network is unreachable|no route to host|i/o timeout|TLS handshake timeout|deadline exceeded"
+    r"|(?:unexpected |: )EOF\b|Client\.Timeout|Too ?Many ?Requests|Service Unavailable|Bad Gateway"
+    r"|\bstatus(?: ?code)?(?: from registry)?:? (?:429|50[0234])\b|\b50[04] [(]?(?:Internal|Gateway)",
     re.IGNORECASE,
 )
 

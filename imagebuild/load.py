@@ -36,6 +36,7 @@ from imagebuild.errors import DefinitionError, Location
 T = TypeVar("T", bound=Strict)
 DEFAULT_BASE = "debian"
 SITE_FILE = "imgbuild.yaml"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def shipped() -> Path:
@@ -57,11 +58,13 @@ class Catalogue:
         return cls((own, ours) if own != ours else (ours,))
 
     def folder(self, *parts: str) -> Path | None:
-        """The folder of a definition, or None."""
+        """The folder of the definition file `parts`, such as ("layers", "zfs", "layer.yaml"), or None."""
+        if not all(_NAME.fullmatch(part) for part in parts):
+            return None
         for root in self.roots:
-            candidate = root.joinpath(*parts)
-            if candidate.is_dir():
-                return candidate
+            path = root.joinpath(*parts)
+            if path.is_file():
+                return path.parent
         return None
 
     def _names(self, marker: str, *parts: str) -> list[str]:
@@ -157,8 +160,8 @@ class Selection:
 
 def load_base(catalogue: Catalogue, name: str) -> tuple[Base, Path]:
     """Load a base by name. Raises DefinitionError for an unknown one."""
-    folder = catalogue.folder("base", name) if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) else None
-    if folder is None or not (folder / "base.yaml").is_file():
+    folder = catalogue.folder("base", name, "base.yaml")
+    if folder is None:
         raise DefinitionError(f"unknown base `{name}`", help=nearest(name, catalogue.bases()))
     return catalogue.read(folder / "base.yaml", Base), folder
 
@@ -184,8 +187,8 @@ def load_rules(catalogue: Catalogue, folder: Path) -> tuple[tuple[CompatRule, Lo
 
 def load_vendor(catalogue: Catalogue, base: str, name: str) -> tuple[Vendor, Path]:
     """Load a vendor of a base. Raises DefinitionError for an unknown one."""
-    folder = catalogue.folder("base", base, name) if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) else None
-    if folder is None or not (folder / "vendor.yaml").is_file():
+    folder = catalogue.folder("base", base, name, "vendor.yaml")
+    if folder is None:
         raise DefinitionError(
             f"unknown vendor `{name}` for base `{base}`", help=nearest(name, catalogue.vendors(base))
         )
@@ -194,8 +197,8 @@ def load_vendor(catalogue: Catalogue, base: str, name: str) -> tuple[Vendor, Pat
 
 def load_layer(catalogue: Catalogue, name: str) -> tuple[Layer, Path]:
     """Load a layer by name. Raises DefinitionError for an unknown one."""
-    folder = catalogue.folder("layers", name) if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) else None
-    if folder is None or not (folder / "layer.yaml").is_file():
+    folder = catalogue.folder("layers", name, "layer.yaml")
+    if folder is None:
         raise DefinitionError(f"unknown layer `{name}`", help=nearest(name, catalogue.layers()))
     return catalogue.read(folder / "layer.yaml", Layer), folder
 
@@ -266,7 +269,7 @@ def _select_layers(
             )
         chosen[name] = (layer, folder)
         for needed in layer.requires:
-            if catalogue.folder("layers", needed) is None:
+            if catalogue.folder("layers", needed, "layer.yaml") is None:
                 raise DefinitionError(
                     f"layer `{name}` requires layer `{needed}`, which does not exist",
                     help=nearest(needed, catalogue.layers()),
@@ -288,7 +291,7 @@ def _override(kmod: Kmod, change: KmodOverride | None, site_folder: Path) -> Kmo
     source = change.source or kmod.source
     if change.source and change.source.directory:
         place = (site_folder / change.source.directory).resolve()
-        source = change.source.model_copy(update={"directory": str(place)})
+        source = msgspec.structs.replace(change.source, directory=str(place))
     return msgspec.structs.replace(
         kmod,
         version=change.version or (kmod.version if change.source is None else None),

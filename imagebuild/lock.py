@@ -42,7 +42,7 @@ class LockedPackage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LockedKmod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A driver: its version, and the package its source comes from (tarballs are pinned in the definition)."""
+    """A driver: its version, and the package its source comes from (tarballs: see the definition)."""
 
     version: str
     epoch: str = ""
@@ -129,6 +129,31 @@ def dumps(lock: Lockfile) -> str:
 def write(path: Path, lock: Lockfile) -> None:
     """Write a lock whole or not at all."""
     write_whole(path, dumps(lock))
+
+
+def differences(old: Section | None, new: Section) -> list[str]:
+    """What moved between two locks of one section, a line each; empty when nothing did."""
+    if old is None:
+        return []
+    lines = []
+    if old.base_digest != new.base_digest:
+        lines.append(f"base image {old.base_digest} -> {new.base_digest}")
+    if old.kernel_release != new.kernel_release:
+        lines.append(f"kernel {old.kernel_release} -> {new.kernel_release}")
+    for name in sorted(old.kmods.keys() & new.kmods.keys()):
+        if old.kmods[name].version != new.kmods[name].version:
+            lines.append(f"driver {name} {old.kmods[name].version} -> {new.kmods[name].version}")
+    before = {p.name: p for p in old.packages()}
+    after = {p.name: p for p in new.packages()}
+    for name in sorted(before.keys() | after.keys()):
+        a, b = before.get(name), after.get(name)
+        if a is None and b is not None:
+            lines.append(f"package {name} {b.version} added")
+        elif b is None and a is not None:
+            lines.append(f"package {name} {a.version} removed")
+        elif a is not None and b is not None and a.sha256 != b.sha256:
+            lines.append(f"package {name} {a.version} -> {b.version}")
+    return lines
 
 
 def request_of(selection: Selection) -> str:
@@ -330,10 +355,11 @@ def apt_sources(location: Location, arch: str) -> list[str]:
     """sources.list(5) lines of one repository."""
     options = f"arch={arch}" + (f" signed-by={location.key}" if location.key else "")
     components = " ".join(location.repository.components)
-    return [
-        f"deb [{options}] {location.uri} {suite if components or suite.endswith('/') else suite + '/'} {components}".rstrip()
-        for suite in location.repository.suites
+    # Without components a suite is the path of a flat repository, which ends in a slash.
+    suites = [
+        suite if components or suite.endswith("/") else f"{suite}/" for suite in location.repository.suites
     ]
+    return [f"deb [{options}] {location.uri} {suite} {components}".rstrip() for suite in suites]
 
 
 def _ask_apt(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,7 +392,7 @@ def _release(selection: Selection, kernel: Iterable[Mapping[str, Any]]) -> str:
     found = sorted({m[1] for p in kernel if (m := pattern.fullmatch(str(p["name"])))})
     if len(found) != 1:
         raise ImgbuildError(
-            f"the kernel packages of base `{selection.base_name}` bring {len(found)} kernels, one was expected",
+            f"the packages of base `{selection.base_name}` bring {len(found)} kernels, one was expected",
             lines=found,
         )
     return found[0]

@@ -186,7 +186,9 @@ def fetch(
                 _get(item.uri, part, item.what, session)
             except ImgbuildError as error:
                 if type(error) is ImgbuildError and not error.help:
-                    error.help = "the mirror no longer has what is locked: `imgbuild lock --upgrade` locks what it has now"
+                    error.help = (
+                        "the mirror no longer has what is locked; `imgbuild lock` locks what it has now"
+                    )
                 raise
             got = part.stat().st_size
             if sha256_of(part) != item.sha256:
@@ -216,7 +218,7 @@ def wanted_packages(packages: Iterable[Any], locations: Mapping[str, Location]) 
         location = locations.get(package.repository)
         if location is None:
             raise DefinitionError(
-                f"the lock takes `{package.name}` from repository `{package.repository}`, which is not defined",
+                f"the lock takes `{package.name}` from the unknown repository `{package.repository}`",
                 help="run `imgbuild lock` again",
             )
         found.append(

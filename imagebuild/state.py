@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,8 @@ class State:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            try:
+            with suppress(OSError):
                 folder.parent.rmdir()
-            except OSError:
-                pass
 
     def sweep(self) -> list[str]:
         """Remove what dead imgbuild processes left in the work folder; returns their names."""

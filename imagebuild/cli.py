@@ -1,0 +1,814 @@
+"""The command line: parse, call, print, exit. No logic; the only place that catches our errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from imagebuild.errors import EXIT_INTERRUPTED, DefinitionError, ImgbuildError
+
+if TYPE_CHECKING:
+    from imagebuild.load import Selection
+    from imagebuild.lock import Section
+    from imagebuild.plan import Plan
+    from imagebuild.render import Rendered
+    from imagebuild.report import Report
+    from imagebuild.state import State
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  failed (build, check, drift)
+  2  wrong usage or invalid definition
+  3  stopped by compat rules alone
+  4  a program, mirror or registry is missing or unreachable
+  130 interrupted"""
+
+
+# --- options shared by commands ---------------------------------------------------------------------
+
+
+def _complete(kind: str) -> Callable[..., list[str]]:
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+        from imagebuild.load import DEFAULT_BASE, Catalogue
+
+        catalogue = Catalogue.of(Path.cwd())
+        names = {
+            "base": catalogue.bases,
+            "vendor": lambda: catalogue.vendors(context.params.get("base") or DEFAULT_BASE),
+            "layer": catalogue.layers,
+        }[kind]()
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+def _selection_options(function: F) -> F:
+    for option in reversed(
+        [
+            click.option(
+                "--tier", type=click.IntRange(1, 2), default=2, show_default=True, help="How far up."
+            ),
+            click.option("--vendor", metavar="V", help="GPU vendor.", shell_complete=_complete("vendor")),
+            click.option("--base", metavar="B", help="Distribution.", shell_complete=_complete("base")),
+            click.option(
+                "-f",
+                "--file",
+                "site_file",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Site file [default: imgbuild.yaml, if there].",
+            ),
+            click.option(
+                "--with",
+                "with_layers",
+                multiple=True,
+                metavar="LAYER",
+                help="Add a layer.",
+                shell_complete=_complete("layer"),
+            ),
+            click.option(
+                "--without",
+                "without_layers",
+                multiple=True,
+                metavar="LAYER",
+                help="Leave a layer out.",
+                shell_complete=_complete("layer"),
+            ),
+            click.option(
+                "--mirror-map",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Other locations of repositories and registries.",
+            ),
+            click.option(
+                "--allow-blocked", is_flag=True, help="Go on although a compat rule blocks a driver."
+            ),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def _output_options(function: F) -> F:
+    for option in reversed(
+        [
+            click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout."),
+            click.option("-v", "--verbose", is_flag=True, help="Show all output of what runs."),
+            click.option("-q", "--quiet", is_flag=True, help="Only the result and errors."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+class _Run:
+    """What every command has: where to report, and the state folder."""
+
+    def __init__(self, as_json: bool, verbose: bool, quiet: bool, *, result_on_stdout: bool = False) -> None:
+        from imagebuild.report import Report
+        from imagebuild.state import State, default_state_dir
+
+        context = click.get_current_context()
+        context.find_root().obj = {"json": as_json}
+        stream = sys.stderr if as_json or result_on_stdout else sys.stdout
+        self.as_json = as_json
+        self.report: Report = Report(stream, quiet=quiet, verbose=verbose)
+        self.state: State = State(default_state_dir())
+
+    def selection(self, arguments: dict[str, Any]) -> Selection:
+        from imagebuild.load import load
+
+        arguments.pop("allow_blocked", None)
+        selection = load(**arguments)
+        self.report.say(f"base {selection.base_name} ({selection.base_reason}), tier {selection.tier}, "
+                        f"vendor {selection.vendor_name}")  # fmt: skip
+        return selection
+
+    def print(self, data: Any, text: str) -> None:
+        click.echo(json.dumps(data, indent=1, sort_keys=True) if self.as_json else text)
+
+
+def _section(selection: Selection) -> Section | None:
+    from imagebuild import lock
+
+    return lock.section_of(lock.read(lock.lock_path(selection)), selection)
+
+
+def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
+    """The lock's section for a selection; written now when there is none or definitions changed."""
+    from imagebuild import lock
+
+    lock.precheck(selection, allow_blocked=allow_blocked)
+    path = lock.lock_path(selection)
+    known = lock.read(path)
+    section = lock.section_of(known, selection)
+    if section is not None:
+        return section
+    stale = known.sections.get(selection.section)
+    # What other images of the same base have is kept, so that they share nodes.
+    related = [s for name, s in known.sections.items() if name.startswith(f"{selection.base_name}/")]
+    keep = (stale or (related[0] if related else None)) and [
+        p for s in ([stale] if stale else related) for p in s.packages()
+    ]
+    section = lock.resolve(selection, run.state, run.report, prefer=keep or (), allow_blocked=allow_blocked)
+    lock.write(path, lock.Lockfile(sections={**known.sections, selection.section: section}))
+    why = "definitions changed since it was locked" if stale else "not locked before"
+    run.report.say(f"wrote {_short(path)}: section {selection.section} ({why})")
+    return section
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+# --- commands ---------------------------------------------------------------------------------------
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=EXIT_CODES
+)
+@click.version_option(package_name="imgbuild")
+def cli() -> None:
+    """Composes bootc/OCI images for GPU hosts, in tiers: locked, compiled, checked, published.
+
+    \b
+    Example:
+      imgbuild build --tier 2 --vendor nvidia
+    """
+
+
+@cli.command()
+@_selection_options
+@click.option("-t", "--tag", "tags", multiple=True, metavar="TAG", help="Name of the finished image.")
+@click.option("--push", "push_to", multiple=True, metavar="DEST", help="Push there; the last one moves last.")
+@click.option("--cache", metavar="REGISTRY/REPO", help="Keep compiled kmod images there.")
+@click.option("--tls-verify/--no-tls-verify", default=True, show_default=True, help="For --push.")
+@click.option("--authfile", type=click.Path(path_type=Path), metavar="FILE", help="Registry credentials.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Nodes built at once.")
+@click.option("--no-cache", is_flag=True, help="Build every node again.")
+@_output_options
+def build(
+    tags: Sequence[str],
+    push_to: Sequence[str],
+    cache: str | None,
+    tls_verify: bool,
+    authfile: Path | None,
+    jobs: int,
+    no_cache: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    allow_blocked: bool,
+    **arguments: Any,
+) -> None:
+    """Build an image, and lock what is not locked yet.
+
+    \b
+    Examples:
+      imgbuild build --tier 2 --vendor nvidia
+      imgbuild build --vendor nvidia --with zfs -t gpu:1 --push registry.example/gpu:1
+    """
+    from imagebuild.build import Options
+    from imagebuild.build import build as build_images
+    from imagebuild.definitions import check_image_name
+    from imagebuild.plan import plan as make_plan
+    from imagebuild.render import render as render_plan
+
+    run = _Run(as_json, verbose, quiet)
+    for name in (*tags, *([cache] if cache else [])):
+        check_image_name(name)
+    selection = run.selection(arguments)
+    section = _locked(run, selection, allow_blocked)
+    plan = make_plan(selection, section, allow_blocked=allow_blocked)
+    _say_plan(run.report, plan)
+    options = Options(
+        jobs=jobs,
+        no_cache=no_cache,
+        cache=cache or selection.site.cache,
+        tags=tuple(tags) or selection.site.tags or None,
+    )
+    result = build_images(plan, render_plan(plan), run.state, run.report, options)
+    data = result.as_dict()
+    lines = [
+        f"image   {result.tags[0] if result.tags else result.image}",
+        f"digest  {result.digest}",
+        f"size    {_size(result.size_bytes)}, kernel {section.kernel_release}",
+    ]
+    if not result.worked:
+        lines.insert(0, "nothing to do: every node is there")
+    if push_to:
+        pushed = _publish(run, result.image, push_to, tls_verify, authfile, selection.site_folder)
+        data["pushed"] = pushed
+        lines.append(f"pushed  {pushed['digest']} to {', '.join(pushed['references'])}")
+    run.print(data, "\n".join(lines))
+
+
+def _size(value: int) -> str:
+    from imagebuild.report import size
+
+    return size(value)
+
+
+def _say_plan(report: Report, plan: Plan) -> None:
+    for verdict in plan.verdicts:
+        report.say(f"compat: {verdict.text}")
+    for notice in plan.notices:
+        report.say(f"notice: {notice}")
+
+
+def _publish(
+    run: _Run, image: str, to: Sequence[str], tls_verify: bool, authfile: Path | None, folder: Path
+) -> dict[str, Any]:
+    from imagebuild import publish
+
+    result = publish.publish(
+        image,
+        [publish.parse_destination(text) for text in to],
+        run.state,
+        run.report,
+        publish.PublishOptions(tls_verify=tls_verify, authfile=authfile, site_folder=folder),
+    )
+    return result.as_dict()
+
+
+@cli.command()
+@click.argument("image")
+@click.argument("destinations", nargs=-1, required=True, metavar="DEST...")
+@click.option("--tls-verify/--no-tls-verify", default=True, show_default=True)
+@click.option("--authfile", type=click.Path(path_type=Path), metavar="FILE", help="Registry credentials.")
+@_output_options
+def push(
+    image: str,
+    destinations: Sequence[str],
+    tls_verify: bool,
+    authfile: Path | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Push an image to a registry; with several destinations the last one, the moving tag, moves last.
+
+    \b
+    Example:
+      imgbuild push localhost/gpu:1 registry.example/gpu:2026.11 registry.example/gpu:latest
+    """
+    run = _Run(as_json, verbose, quiet)
+    pushed = _publish(run, image, destinations, tls_verify, authfile, Path.cwd())
+    run.print(
+        pushed, f"digest  {pushed['digest']}\n" + "\n".join(f"pushed  {r}" for r in pushed["references"])
+    )
+
+
+@cli.command()
+@_selection_options
+@click.option("--node", metavar="NAME", help="Only this node's Containerfile.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write every node's build context and the command that builds it.",
+)
+@_output_options
+def render(
+    node: str | None,
+    out: Path | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    allow_blocked: bool,
+    **arguments: Any,
+) -> None:
+    """Print the Containerfiles, or write whole build contexts.
+
+    \b
+    Examples:
+      imgbuild render --tier 2 --vendor nvidia
+      imgbuild render --tier 2 --vendor nvidia --out contexts/
+    """
+    from imagebuild.documents import nearest
+    from imagebuild.plan import plan as make_plan
+    from imagebuild.render import render as render_plan
+
+    run = _Run(as_json, verbose, quiet, result_on_stdout=True)
+    selection = run.selection(arguments)
+    items = render_plan(make_plan(selection, _section(selection), allow_blocked=allow_blocked))
+    if node is not None:
+        names = [item.node.name for item in items]
+        if node not in names:
+            raise DefinitionError(f"unknown node `{node}`", help=nearest(node, names))
+        items = tuple(item for item in items if item.node.name == node)
+    if out is not None:
+        written = _write_contexts(run, items, out)
+        run.print({"written": written}, "\n".join(written))
+        return
+    run.print(
+        [
+            {"node": i.node.name, "key": i.key, "image": i.image, "containerfile": i.containerfile}
+            for i in items
+        ],
+        "\n".join(item.containerfile.rstrip() + "\n" for item in items).rstrip("\n"),
+    )
+
+
+def _write_contexts(run: _Run, items: Sequence[Rendered], out: Path) -> list[str]:
+    from imagebuild.images import build_command
+    from imagebuild.render import LABEL_PREFIX, LAYER_TIME, write_context
+    from imagebuild.run import pasteable
+    from imagebuild.state import write_whole
+
+    if out.exists() and any(out.iterdir()):
+        raise DefinitionError(f"`{out}` is not empty", help="name a new folder")
+    written = []
+    commands = ["#!/bin/sh", "# Builds every node in order. packages/ holds what was in the store; the rest is",
+                "# fetched by `imgbuild build`.", "set -eu", 'cd "$(dirname "$0")"']  # fmt: skip
+    for item in items:
+        folder = out / item.node.name
+        there = {p.sha256: run.state.stored(p.sha256) for p in item.packages}
+        write_context(item, folder, {sha: path for sha, path in there.items() if path.is_file()})
+        if item.node.kind == "bootstrap":
+            commands.append(f"SOURCE_DATE_EPOCH={LAYER_TIME} sh {item.node.name}/bootstrap.sh")
+        labels = {f"{LABEL_PREFIX}.key": item.key or "", f"{LABEL_PREFIX}.node": item.node.name}
+        commands.append(
+            pasteable(
+                build_command(
+                    item.node.name,
+                    name=item.image or f"localhost/imgbuild/{item.node.name}",
+                    isolation=os.environ.get("BUILDAH_ISOLATION", "chroot"),
+                    timestamp=LAYER_TIME,
+                    labels=labels,
+                )
+            )
+        )
+        written.append(str(folder))
+    write_whole(out / "build.sh", "\n".join(commands) + "\n")
+    return [*written, str(out / "build.sh")]
+
+
+@cli.command()
+@_selection_options
+@_output_options
+def plan(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **arguments: Any) -> None:
+    """Show the graph of images, their keys, and what would be rebuilt and why.
+
+    \b
+    Example:
+      imgbuild plan --tier 2 --vendor nvidia
+    """
+    from imagebuild.build import changes, journal_name
+    from imagebuild.plan import plan as make_plan
+    from imagebuild.render import render as render_plan
+
+    run = _Run(as_json, verbose, quiet)
+    selection = run.selection(arguments)
+    made = make_plan(selection, _section(selection), allow_blocked=allow_blocked)
+    if not as_json:
+        _say_plan(run.report, made)
+    nodes: list[dict[str, Any]] = []
+    for item in render_plan(made):
+        before = run.state.journal(journal_name(made, item.node))
+        if item.key is None:
+            why = ["<unlocked: key>"]
+        elif not before:
+            why = ["never built here"]
+        elif before.get("key") == item.key:
+            why = []
+        else:
+            why = changes(before.get("inputs", {}), item.inputs)
+        nodes.append(
+            {
+                "name": item.node.name,
+                "summary": item.node.summary,
+                "parents": list(item.node.parents),
+                "key": item.key,
+                "image": item.image,
+                "packages": len(item.packages),
+                "download_bytes": sum(p.size for p in item.packages),
+                "rebuild": why,
+                "seconds_last_time": before.get("seconds"),
+            }
+        )
+    data = {
+        "base": selection.base_name,
+        "base_reason": selection.base_reason,
+        "tier": selection.tier,
+        "vendor": selection.vendor_name,
+        "locked": made.locked,
+        "kernel_release": made.kernel_release,
+        "verdicts": [verdict.as_dict() for verdict in made.verdicts],
+        "notices": list(made.notices),
+        "nodes": nodes,
+    }
+    lines = [f"kernel {made.kernel_release}"]
+    if not made.locked:
+        lines.append("not locked: `imgbuild lock` or the first `imgbuild build` asks for versions")
+    for entry in nodes:
+        lines.append(_plan_line(entry))
+        lines += [f"    {reason}" for reason in entry["rebuild"][:12]]
+        if len(entry["rebuild"]) > 12:
+            lines.append(f"    and {len(entry['rebuild']) - 12} more")
+    run.print(data, "\n".join(lines))
+
+
+def _plan_line(entry: dict[str, Any]) -> str:
+    key = (entry["key"] or "")[:12]
+    state = "as built" if not entry["rebuild"] else "to build"
+    parents = f" <- {', '.join(entry['parents'])}" if entry["parents"] else ""
+    packages = (
+        f", {entry['packages']} packages, {_size(entry['download_bytes'])}" if entry["packages"] else ""
+    )
+    return f"{entry['name']:<14} {key:<12} {state}{packages}{parents}"
+
+
+@cli.command()
+@_selection_options
+@_output_options
+def lock(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **arguments: Any) -> None:
+    """Ask which versions there are and write imgbuild.lock.
+
+    \b
+    Example:
+      imgbuild lock --tier 2 --vendor nvidia
+    """
+    from imagebuild import lock as locking
+
+    run = _Run(as_json, verbose, quiet)
+    selection = run.selection(arguments)
+    path = locking.lock_path(selection)
+    known = locking.read(path)
+    before = known.sections.get(selection.section)
+    section = locking.resolve(selection, run.state, run.report, allow_blocked=allow_blocked)
+    locking.write(path, locking.Lockfile(sections={**known.sections, selection.section: section}))
+    moved = locking.differences(before, section)
+    run.print(
+        {
+            "lock": str(path),
+            "section": selection.section,
+            "kernel_release": section.kernel_release,
+            "changes": moved,
+        },
+        "\n".join([f"wrote {_short(path)}: section {selection.section}", *(f"  {line}" for line in moved)]),
+    )
+
+
+@cli.command("list")
+@_output_options
+def list_command(as_json: bool, verbose: bool, quiet: bool) -> None:
+    """Show bases, vendors and layers; disabled ones with the reason.
+
+    \b
+    Example:
+      imgbuild list
+    """
+    from imagebuild.compat import ORDERS, judge_range
+    from imagebuild.load import Catalogue, load_base, load_layer, load_rules, load_vendor
+
+    run = _Run(as_json, verbose, quiet)
+    catalogue = Catalogue.of(Path.cwd())
+    bases: list[dict[str, Any]] = []
+    for name in catalogue.bases():
+        base, _ = load_base(catalogue, name)
+        vendors: list[dict[str, Any]] = []
+        for vendor_name in catalogue.vendors(name):
+            vendor, folder = load_vendor(catalogue, name, vendor_name)
+            entry: dict[str, Any] = {"name": vendor_name, "summary": vendor.summary, "disabled": None}
+            rules = load_rules(catalogue, folder)
+            for kmod_name, kmod in vendor.kmods.items():
+                order = ORDERS[base.package_manager]
+                verdict = judge_range(kmod_name, kmod.version, base.kernel.range, rules, order)
+                if verdict.kind == "blocked" and verdict.rule:
+                    entry["disabled"] = {"reason": verdict.rule.reason, "link": verdict.rule.link}
+            vendors.append(entry)
+        bases.append({"name": name, "summary": base.summary, "vendors": vendors})
+    layers = []
+    for name in catalogue.layers():
+        layer, _ = load_layer(catalogue, name)
+        layers.append({"name": name, "tier": layer.tier, "summary": layer.summary})
+    lines = []
+    for item in bases:
+        lines.append(f"base {item['name']}: {item['summary']}")
+        for entry in item["vendors"]:
+            lines.append(f"  vendor {entry['name']:<8} {entry['summary']}")
+            if entry["disabled"]:
+                lines.append(f"    disabled: {entry['disabled']['reason']}")
+                lines.append(f"              {entry['disabled']['link']}")
+    lines += [f"layer {entry['name']:<20} tier {entry['tier']}  {entry['summary']}" for entry in layers]
+    run.print({"bases": bases, "layers": layers}, "\n".join(lines))
+
+
+@cli.command()
+@_selection_options
+@click.option("--probe", is_flag=True, help="Compile each driver and tell whether its rule holds.")
+@click.option("--kmod", "only", metavar="NAME", help="Only this driver.")
+@_output_options
+def compat(
+    probe: bool,
+    only: str | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    allow_blocked: bool,
+    **arguments: Any,
+) -> None:
+    """Show the kernel × driver rules, or try them out.
+
+    \b
+    Examples:
+      imgbuild compat --vendor nvidia
+      imgbuild compat --vendor nvidia --probe
+    """
+    from imagebuild.plan import plan as make_plan
+
+    run = _Run(as_json, verbose, quiet)
+    selection = run.selection(arguments)
+    if probe:
+        _probe(run, selection, only)
+        return
+    made = make_plan(selection, _section(selection), allow_blocked=True)
+    rules = [
+        {
+            "kmod": rule.kmod,
+            "driver": rule.driver or "any",
+            "kernel": rule.kernel or "any",
+            "verdict": rule.verdict,
+            "reason": rule.reason,
+            "link": rule.link,
+            "rule": str(where),
+        }
+        for piece in selection.pieces
+        for rule, where in piece.rules
+        if only in (None, rule.kmod)
+    ]
+    lines = [
+        f"{r['kmod']:<10} driver {r['driver']:<14} kernel {r['kernel']:<20} {r['verdict']:<8} {r['reason']}"
+        for r in rules
+    ]
+    lines += [f"now: {verdict.text}" for verdict in made.verdicts if only in (None, verdict.kmod)]
+    data = {"rules": rules, "verdicts": [v.as_dict() for v in made.verdicts if only in (None, v.kmod)]}
+    run.print(data, "\n".join(lines) or "no drivers, no rules")
+
+
+def _probe(run: _Run, selection: Selection, only: str | None) -> None:
+    from imagebuild.build import probe as probe_pair
+    from imagebuild.documents import nearest
+    from imagebuild.plan import plan as make_plan
+
+    if only is not None and only not in selection.kmods:
+        raise DefinitionError(f"unknown kmod `{only}`", help=nearest(only, selection.kmods))
+    section = _locked(run, selection, True)
+    made = make_plan(selection, section, allow_blocked=True)
+    found = [
+        probe_pair(made, name, run.state, run.report) for name in selection.kmods if only in (None, name)
+    ]
+    run.print([p.as_dict() for p in found], "\n".join(p.text for p in found) or "no drivers to probe")
+    if any(not p.rule_holds for p in found):
+        click.get_current_context().exit(1)
+
+
+@cli.command()
+@click.argument("image", required=False)
+@click.option("--list", "list_them", is_flag=True, help="Show the checks there are.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave a check out.")
+@_output_options
+def check(
+    image: str | None, list_them: bool, skip: Sequence[str], as_json: bool, verbose: bool, quiet: bool
+) -> None:
+    """Hold an image to what it promises. A check that could not run is a finding.
+
+    \b
+    Example:
+      imgbuild check localhost/imgbuild/debian-nvidia:tier2
+    """
+    from imagebuild import check as checking
+
+    run = _Run(as_json, verbose, quiet)
+    if list_them:
+        known = checking.list_checks()
+        rows = [{"name": c.name, "severity": c.severity, "reason": c.reason, "fix": c.fix} for c in known]
+        run.print(rows, "\n".join(f"{r['name']:<22} {r['severity']:<8} {r['reason']}" for r in rows))
+        return
+    if image is None:
+        raise click.UsageError("name an image, or use --list")
+    report = checking.check_image(image, run.state, skip)
+    lines = [
+        f"{finding.severity}: {finding.check}: {finding.what}\n  fix: {finding.fix}"
+        for finding in report.findings
+    ]
+    lines.append(
+        f"{len(report.passed)} passed, {len(report.findings)} findings, {len(report.skipped)} skipped"
+    )
+    run.print(report.as_dict(), "\n".join(lines))
+    if not report.ok:
+        click.get_current_context().exit(1)
+
+
+@cli.command()
+@click.option("--base", default=None, metavar="B", help="Also what this base needs.")
+@_output_options
+def doctor(base: str | None, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """Tell what this machine lacks, and the command that installs it.
+
+    \b
+    Example:
+      imgbuild doctor
+    """
+    from imagebuild import doctor as examine
+
+    run = _Run(as_json, verbose, quiet)
+    found = examine.examine(run.state)
+    install = examine.install_command(found)
+    lines = [
+        f"{'ok' if item.ok else 'MISSING' if item.needed else 'note':<8} {item.name}: {item.detail}"
+        for item in found
+    ]
+    if install:
+        lines.append(f"install: {install}")
+    data = {"checks": [item.__dict__ for item in found], "install": install}
+    run.print(data, "\n".join(lines))
+    if any(item.needed and not item.ok for item in found):
+        click.get_current_context().exit(4)
+
+
+@cli.command()
+@click.option("--base", type=str, default=None, metavar="B", help="Distribution [asked, else centos].")
+@click.option("--vendor", default="nvidia", show_default=True, metavar="V")
+@click.option("--ci", type=click.Choice(["gitlab", "github"]), help="Write a pipeline too.")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=Path())
+@_output_options
+def init(
+    base: str | None, vendor: str, ci: str | None, folder: Path, as_json: bool, verbose: bool, quiet: bool
+) -> None:
+    """Write a commented starter site, and a CI pipeline.
+
+    \b
+    Example:
+      imgbuild init --base debian --ci gitlab my-fleet/
+    """
+    from imagebuild import starter
+    from imagebuild.load import Catalogue, load_base, load_vendor
+
+    run = _Run(as_json, verbose, quiet)
+    catalogue = Catalogue.of(folder if folder.is_dir() else Path.cwd())
+    if base is None:
+        names = sorted(catalogue.bases(), key=lambda name: (name != starter.FIRST_OFFER, name))
+        base = names[0]
+        if sys.stdin.isatty() and not as_json:
+            base = click.prompt("base", type=click.Choice(names), default=base)
+    load_base(catalogue, base)
+    load_vendor(catalogue, base, vendor)
+    written = starter.write(folder, base=base, vendor=vendor, ci=ci)
+    run.print({"written": [str(p) for p in written]}, "\n".join(f"wrote {path}" for path in written))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write all of them."
+)
+def schema(name: str | None, out: Path | None) -> None:
+    """Print the JSON Schema of a format, for editors.
+
+    \b
+    Example:
+      imgbuild schema site > imgbuild.schema.json
+    """
+    from imagebuild.definitions import FORMATS, json_schema
+    from imagebuild.documents import nearest
+    from imagebuild.state import write_whole
+
+    if out is not None:
+        for each in FORMATS:
+            write_whole(
+                out / f"{each}.schema.json", json.dumps(json_schema(each), indent=1, sort_keys=True) + "\n"
+            )
+        click.echo("\n".join(str(out / f"{each}.schema.json") for each in FORMATS))
+        return
+    if name is None:
+        click.echo("\n".join(FORMATS))
+        return
+    if name not in FORMATS:
+        raise DefinitionError(f"unknown format `{name}`", help=nearest(name, FORMATS))
+    click.echo(json.dumps(json_schema(name), indent=1, sort_keys=True))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    Example:
+      imgbuild completion bash > /etc/bash_completion.d/imgbuild
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, "imgbuild", "_IMGBUILD_COMPLETE").source())
+
+
+# --- entry ------------------------------------------------------------------------------------------
+
+
+def show_error(error: ImgbuildError) -> str:
+    """An error as people read it: what, where, the source line, help."""
+    lines = [f"error: {error.what}"]
+    if error.where:
+        lines.append(f"  --> {error.where}")
+        if error.where.source:
+            number = str(error.where.line)
+            indent = " " * (error.where.column - 1)
+            width = min(error.where.width, max(1, len(error.where.source) - error.where.column + 1))
+            lines.append(f"{number} | {error.where.source}")
+            lines.append(f"{' ' * len(number)} | {indent}{'^' * width}")
+    lines += [f"  | {line}" for line in error.lines]
+    if error.help:
+        first, *rest = error.help.split("\n")
+        lines.append(f"help: {first}")
+        lines += [f"      {line}" for line in rest]
+    if isinstance(error, DefinitionError):
+        lines += [show_error(other) for other in error.others]
+    return "\n".join(lines)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with a documented code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    as_json = "--json" in sys.argv
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        from imagebuild.run import stop_all
+
+        stop_all()
+        click.echo("interrupted; the next run goes on from the last finished node", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except ImgbuildError as error:
+        if as_json:
+            click.echo(json.dumps(error.as_dict(), indent=1))
+        click.echo(show_error(error), err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

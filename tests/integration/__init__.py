@@ -1,0 +1,1 @@
+"""Tests against the real thing: buildah, skopeo and a registry."""

@@ -1,0 +1,128 @@
+"""Fixtures for tests against the real thing. All are per session, and made only when asked for.
+
+registry     a running, empty registry (see registries.Registry): `.address`, `.kind`, `.tags(repo)`,
+             `.digest(repo, tag)`, `.stop()`/`.start()` for an outage. Use repositories of your own.
+storage      a container storage of its own; from its first use on, buildah and skopeo use it.
+make_image   name, files → a small image built FROM scratch in `storage`.
+tiny_image   the name of one such image.
+
+Set IMGBUILD_TEST_REGISTRY=process to have the registry as a process where containers would work.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imagebuild import images
+
+from .registries import Registry, container_registry, process_registry, remove_storage
+
+HERE = Path(__file__).parent
+BUILD_TIME = 1_700_000_000
+
+_said: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder is an integration test."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which registry the tests talked to."""
+    for line in _said:
+        terminalreporter.write_line(line)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A container storage; `conf` is what $CONTAINERS_STORAGE_CONF names while it is in use."""
+
+    root: Path
+    conf: Path
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A real registry: a container where that is possible, else a process. The summary says which."""
+    folder = tmp_path_factory.mktemp("registry")
+    if os.environ.get("IMGBUILD_TEST_REGISTRY") != "process":
+        manager = container_registry(folder / "engine")
+        try:
+            found = manager.__enter__()
+        except Exception as error:  # whatever it is, the process is the answer to it
+            remove_storage(folder / "engine")
+            warnings.warn(f"registry as a process, not in a container: {error}", stacklevel=1)
+        else:
+            _said.append(f"registry: container at {found.address} ({found.engine})")
+            try:
+                yield found
+            finally:
+                manager.__exit__(None, None, None)
+                remove_storage(folder)
+            return
+    with process_registry(folder / "process") as process:
+        _said.append(f"registry: process at {process.address}")
+        yield process
+    remove_storage(folder)
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """An empty container storage (overlay) that buildah and skopeo use until the session ends."""
+    folder = tmp_path_factory.mktemp("storage")
+    conf = folder / "storage.conf"
+    conf.write_text(
+        f'[storage]\ndriver = "overlay"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/graph"\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERS_STORAGE_CONF", str(conf))
+        try:
+            assert images.graph_root() == folder / "graph"
+            yield Storage(folder / "graph", conf)
+        finally:
+            remove_storage(folder)
+
+
+ImageMaker = Callable[[str, Mapping[str, str]], str]
+
+
+@pytest.fixture(scope="session")
+def make_image(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> ImageMaker:
+    """Builds `localhost/imgbuild-test/NAME:1` FROM scratch out of files (path → text); returns its name."""
+
+    def make(name: str, files: Mapping[str, str]) -> str:
+        folder = tmp_path_factory.mktemp("image")
+        for path, text in files.items():
+            place = folder / "context/files" / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+        (folder / "context/Containerfile").write_text("FROM scratch\nCOPY files /\n")
+        full = f"localhost/imgbuild-test/{name}:1"
+        images.build(
+            folder / "context",
+            name=full,
+            isolation="chroot",
+            timestamp=BUILD_TIME,
+            labels={"io.imgbuild.key": "0123456789abcdef" * 4},
+            scratch=folder / "tmp",
+            log=folder / "log",
+            on_line=lambda _: None,
+        )
+        return full
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_image(make_image: ImageMaker) -> str:
+    """The name of an image of one small file."""
+    return make_image("tiny", {"etc/motd": "a small image\n"})
