@@ -289,9 +289,7 @@ class _Builder:
         # Packages unpack to about three times their size; storage holds layer and working copy.
         disk = 3 * 2 * installed + download + sum(1_500_000_000 for i in todo if i.node.kind == "kmod")
         free = min(_free(root), _free(self.state.root))
-        known = [self.state.journal(journal_name(self.plan, i.node)).get("seconds") for i in todo]
-        times = [float(t) for t in known if isinstance(t, int | float)]
-        guess = f"about {seconds(sum(times))} last time" if len(times) == len(todo) else "first time"
+        guess = f"about {seconds(sum(self._expected_s(item) for item in todo))}"
         self.report.say(
             f"to build: {', '.join(i.node.name for i in todo)} ({guess}); "
             f"download {size(download)}, disk up to {size(disk)} of {size(free)} free"
@@ -304,11 +302,10 @@ class _Builder:
         if free < disk / 3:
             raise UnavailableError(
                 f"not enough disk: {size(free)} free, up to {size(disk)} needed",
-                help=f"free some in {root} or {self.state.root}; `buildah rmi --prune` removes unnamed images",
+                help=f"free some in {root} or {self.state.root}; `buildah rmi --prune` may help",
             )
-        with (
-            self.report.step("fetch", f"{len(wanted)} files") if download or wanted else nullcontext() as step
-        ):
+        reported = self.report.step("fetch", f"{len(wanted)} files") if wanted else nullcontext()
+        with reported as step:
             got = 0
 
             def on_file(item: Wanted) -> None:
@@ -321,6 +318,15 @@ class _Builder:
             if step is not None:
                 step.outcome = f"{files} files, {size(bytes_)} downloaded and verified"
         return files, bytes_
+
+    def _expected_s(self, item: Rendered) -> float:
+        """Seconds a node took last time, else what its definition or its packages let expect."""
+        last = self.state.journal(journal_name(self.plan, item.node)).get("seconds")
+        if isinstance(last, int | float):
+            return float(last)
+        if item.node.kind == "kmod":
+            return self.plan.selection.kmods[item.node.kmod][0].cpu_s / (os.cpu_count() or 1)
+        return 10 + sum(p.size for p in item.packages) / 10e6
 
     def _wanted(self, todo: Sequence[Rendered]) -> list[Wanted]:
         packages = [p for item in todo for p in item.packages]
@@ -414,17 +420,8 @@ class _Builder:
                 raise self._failure(item, error, context, log, step, labels) from None
 
     def _bootstrap(self, context: Path, log: Path, step: Step) -> None:
-        run.run(
-            [
-                "unshare",
-                "--net",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-                "sh",
-                context / "bootstrap.sh",
-            ],
+        images.run_alone(
+            ["sh", context / "bootstrap.sh"],
             env={"SOURCE_DATE_EPOCH": str(LAYER_TIME), "TMPDIR": str(context)},
             log=log,
             on_line=step.line,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from imagebuild.load import Selection
     from imagebuild.lock import Section
     from imagebuild.plan import Plan
+    from imagebuild.publish import PublishOptions
     from imagebuild.render import Rendered
     from imagebuild.report import Report
     from imagebuild.state import State
@@ -195,7 +196,7 @@ def cli() -> None:
 @click.option("-t", "--tag", "tags", multiple=True, metavar="TAG", help="Name of the finished image.")
 @click.option("--push", "push_to", multiple=True, metavar="DEST", help="Push there; the last one moves last.")
 @click.option("--cache", metavar="REGISTRY/REPO", help="Keep compiled kmod images there.")
-@click.option("--tls-verify/--no-tls-verify", default=True, show_default=True, help="For --push.")
+@click.option("--tls-verify/--no-tls-verify", default=None, help="For --push [default: verify].")
 @click.option("--authfile", type=click.Path(path_type=Path), metavar="FILE", help="Registry credentials.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Nodes built at once.")
 @click.option("--no-cache", is_flag=True, help="Build every node again.")
@@ -204,7 +205,7 @@ def build(
     tags: Sequence[str],
     push_to: Sequence[str],
     cache: str | None,
-    tls_verify: bool,
+    tls_verify: bool | None,
     authfile: Path | None,
     jobs: int,
     no_cache: bool,
@@ -250,7 +251,14 @@ def build(
     if not result.worked:
         lines.insert(0, "nothing to do: every node is there")
     if push_to:
-        pushed = _publish(run, result.image, push_to, tls_verify, authfile, selection.site_folder)
+        from imagebuild.publish import PublishOptions
+
+        pushed = _publish(
+            run,
+            result.image,
+            push_to,
+            PublishOptions(tls_verify=tls_verify, authfile=authfile, site_folder=_site_folder()),
+        )
         data["pushed"] = pushed
         lines.append(f"pushed  {pushed['digest']} to {', '.join(pushed['references'])}")
     run.print(data, "\n".join(lines))
@@ -269,31 +277,38 @@ def _say_plan(report: Report, plan: Plan) -> None:
         report.say(f"notice: {notice}")
 
 
-def _publish(
-    run: _Run, image: str, to: Sequence[str], tls_verify: bool, authfile: Path | None, folder: Path
-) -> dict[str, Any]:
+def _publish(run: _Run, image: str, to: Sequence[str], options: PublishOptions) -> dict[str, Any]:
     from imagebuild import publish
 
-    result = publish.publish(
-        image,
-        [publish.parse_destination(text) for text in to],
-        run.state,
-        run.report,
-        publish.PublishOptions(tls_verify=tls_verify, authfile=authfile, site_folder=folder),
-    )
-    return result.as_dict()
+    destinations = [publish.parse_destination(text) for text in to]
+    return publish.publish(image, destinations, run.state, run.report, options).as_dict()
+
+
+def _site_folder() -> Path | None:
+    """The current folder, if it is a site: its revision is what an image was made from."""
+    from imagebuild.load import SITE_FILE
+
+    return Path.cwd() if Path(SITE_FILE).is_file() else None
 
 
 @cli.command()
 @click.argument("image")
 @click.argument("destinations", nargs=-1, required=True, metavar="DEST...")
-@click.option("--tls-verify/--no-tls-verify", default=True, show_default=True)
+@click.option("--tls-verify/--no-tls-verify", default=None, help="[default: verify]")
+@click.option("--image-version", default="", metavar="TEXT", help="Label org.opencontainers.image.version.")
+@click.option("--source", default="", metavar="URL", help="Label org.opencontainers.image.source.")
+@click.option(
+    "--stamp/--no-stamp", default=True, show_default=True, help="Put revision and creation time on it."
+)
 @click.option("--authfile", type=click.Path(path_type=Path), metavar="FILE", help="Registry credentials.")
 @_output_options
 def push(
     image: str,
     destinations: Sequence[str],
-    tls_verify: bool,
+    tls_verify: bool | None,
+    image_version: str,
+    source: str,
+    stamp: bool,
     authfile: Path | None,
     as_json: bool,
     verbose: bool,
@@ -305,8 +320,18 @@ def push(
     Example:
       imgbuild push localhost/gpu:1 registry.example/gpu:2026.11 registry.example/gpu:latest
     """
+    from imagebuild.publish import PublishOptions
+
     run = _Run(as_json, verbose, quiet)
-    pushed = _publish(run, image, destinations, tls_verify, authfile, Path.cwd())
+    options = PublishOptions(
+        stamp=stamp,
+        version=image_version,
+        source=source,
+        site_folder=_site_folder(),
+        authfile=authfile,
+        tls_verify=tls_verify,
+    )
+    pushed = _publish(run, image, destinations, options)
     run.print(
         pushed, f"digest  {pushed['digest']}\n" + "\n".join(f"pushed  {r}" for r in pushed["references"])
     )
@@ -372,8 +397,12 @@ def _write_contexts(run: _Run, items: Sequence[Rendered], out: Path) -> list[str
     if out.exists() and any(out.iterdir()):
         raise DefinitionError(f"`{out}` is not empty", help="name a new folder")
     written = []
-    commands = ["#!/bin/sh", "# Builds every node in order. packages/ holds what was in the store; the rest is",
-                "# fetched by `imgbuild build`.", "set -eu", 'cd "$(dirname "$0")"']  # fmt: skip
+    commands = [
+        "#!/bin/sh",
+        "# Builds every node in order, once packages/ is filled: it holds what was in the store.",
+        "set -eu",
+        'cd "$(dirname "$0")"',
+    ]
     for item in items:
         folder = out / item.node.name
         there = {p.sha256: run.state.stored(p.sha256) for p in item.packages}
@@ -596,7 +625,8 @@ def compat(
         for r in rules
     ]
     lines += [f"now: {verdict.text}" for verdict in made.verdicts if only in (None, verdict.kmod)]
-    data = {"rules": rules, "verdicts": [v.as_dict() for v in made.verdicts if only in (None, v.kmod)]}
+    verdicts = [verdict.as_dict() for verdict in made.verdicts if only in (None, verdict.kmod)]
+    data = {"rules": rules, "verdicts": verdicts}
     run.print(data, "\n".join(lines) or "no drivers, no rules")
 
 

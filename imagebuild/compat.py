@@ -47,9 +47,13 @@ def as_deep_as(version: str, bound: str) -> str:
     `<=6.12.117` is meant to hold for `6.12.117+deb13-amd64`, which deb-version(7) ranks higher, while
     `<6.12.0-100` still tells EL builds apart.
     """
-    depth = len(_TOKEN.findall(bound))
+    depth = _depth(bound)
     matches = list(_TOKEN.finditer(version))
     return version if len(matches) <= depth else version[: matches[depth - 1].end()]
+
+
+def _depth(version: str) -> int:
+    return len(_TOKEN.findall(version))
 
 
 def in_range(version: str, text: str, order: Order) -> bool:
@@ -70,23 +74,36 @@ def in_range(version: str, text: str, order: Order) -> bool:
 
 
 def covers(outer: str, inner: str, order: Order) -> bool:
-    """Tell whether everything in the range `inner` lies in the range `outer`."""
+    """Tell whether everything in the range `inner` surely lies in the range `outer`."""
     have = bounds(inner)
-    for op, bound in bounds(outer):
-        implied = False
-        for other_op, other in have:
-            sign = order(other, bound)
-            if op in (">", ">="):
-                strict = op == ">" and other_op != ">"
-                implied |= other_op in (">", ">=", "=") and (sign > 0 or (sign == 0 and not strict))
-            elif op in ("<", "<="):
-                strict = op == "<" and other_op != "<"
-                implied |= other_op in ("<", "<=", "=") and (sign < 0 or (sign == 0 and not strict))
-            else:
-                implied |= op == other_op and sign == 0
-        if not implied:
+    return all(any(_implies(other, bound, order) for other in have) for bound in bounds(outer))
+
+
+def _implies(known: tuple[str, str], wanted: tuple[str, str], order: Order) -> bool:
+    """Tell whether a version that keeps one bound must keep another.
+
+    Bounds of unlike depth compare as deep as the shallower one: `<=6.12` allows 6.12.117, so it does
+    not imply `<6.12.97`, while `<6.13` implies `<6.13.5`.
+    """
+    known_op, known_version = known
+    op, version = wanted
+    sign = order(as_deep_as(known_version, version), as_deep_as(version, known_version))
+    known_depth, depth = _depth(known_version), _depth(version)
+    if op in (">", ">="):
+        if known_op not in (">", ">=", "="):
             return False
-    return True
+        if depth < known_depth or (depth == known_depth and op == ">="):
+            return sign > 0 or (sign == 0 and op == ">=")
+        return sign > 0 or (sign == 0 and known_op == ">")
+    if op in ("<", "<="):
+        if known_op not in ("<", "<=", "="):
+            return False
+        if depth < known_depth or (depth == known_depth and op == "<="):
+            return sign < 0 or (sign == 0 and op == "<=")
+        return sign < 0 or (sign == 0 and known_op == "<")
+    if op == "=":
+        return known_op == "=" and sign == 0 and depth <= known_depth
+    return known_op == "!=" and sign == 0 and depth >= known_depth
 
 
 @dataclass(frozen=True)
@@ -140,18 +157,22 @@ def judge(kmod: str, driver: str | None, kernel: str, rules: Rules, order: Order
 def judge_range(kmod: str, driver: str | None, kernels: str, rules: Rules, order: Order) -> Verdict:
     """What can be said before the kernel release is known: a block of the base's whole range.
 
-    A rule that covers only part of the range decides nothing yet, nor does any rule after it.
+    A rule that covers only part of the range decides nothing yet; after one that blocks that part, only
+    a block of the whole does.
     """
+    partly_blocked = False
     for rule, where in rules:
         if rule.kmod != kmod:
             continue
         if rule.driver and driver is not None and not in_range(driver, rule.driver, order):
             continue
         certain = rule.driver is None or driver is not None
-        if certain and (rule.kernel is None or covers(rule.kernel, kernels, order)):
+        whole = certain and (rule.kernel is None or covers(rule.kernel, kernels, order))
+        if whole and (rule.verdict == "blocked" or not partly_blocked):
             return Verdict(kmod, rule.verdict, driver, kernels, rule, where)
         if rule.verdict != "blocked":
             break
+        partly_blocked = True
     return Verdict(kmod, "unknown", driver, kernels)
 
 

@@ -13,54 +13,65 @@ from imagebuild.errors import DefinitionError
 
 # --- words that definitions are made of -------------------------------------------------------------
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+
+def _whole(pattern: str, max_length: int | None = None) -> Meta:
+    """A pattern for the whole text. `$` alone would let a line end through, in Python's `re`."""
+    return Meta(pattern=rf"^(?:{pattern})$(?!\n)", max_length=max_length)
+
+
+Name = Annotated[str, _whole(r"[a-z0-9][a-z0-9._-]*", max_length=64)]
 """Name of a base, vendor, layer, kmod or repository: lower case, digits, dot, dash, underscore."""
+Line = Annotated[str, _whole(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*")]
+"""One line of text."""
+Script = Annotated[str, _whole(r"[^\x00-\x08\x0b-\x1f\x7f]*")]
+"""Shell lines."""
 PackageSpec = Annotated[
     str,
-    Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._:~{}^-]*( ?(=|>=|<=|>>|<<|<|>) ?[A-Za-z0-9+._:~{}^-]+)?$"),
+    _whole(r"[A-Za-z0-9][A-Za-z0-9+._:~{}^-]*( ?(=|>=|<=|>>|<<|<|>) ?[A-Za-z0-9+._:~{}^-]+)?"),
 ]
 """A package or capability, as the distribution writes it, with an optional version."""
 Capability = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._:~{}()-]*( ?\(?[<>=]+ ?[A-Za-z0-9+._:~{}^-]+\)?)?$")
+    str, _whole(r"[A-Za-z0-9][A-Za-z0-9+._:~{}()-]*( ?\(?[<>=]+ ?[A-Za-z0-9+._:~{}^-]+\)?)?")
 ]
 """What a package provides, in the distribution's own syntax; `{version}` and `{epoch}` are filled in."""
 RelativePath = Annotated[
     str,
-    Meta(
-        pattern=r"^\.?[A-Za-z0-9@%+=:,_{}*-][A-Za-z0-9@%+=:,._{}*-]*(/\.?[A-Za-z0-9@%+=:,_{}*-][A-Za-z0-9@%+=:,._{}*-]*)*$",
+    _whole(
+        r"\.?[A-Za-z0-9@%+=:,_{}*-][A-Za-z0-9@%+=:,._{}*-]*(/\.?[A-Za-z0-9@%+=:,_{}*-][A-Za-z0-9@%+=:,._{}*-]*)*",
         max_length=255,
     ),
 ]
 """A path below a known folder: never absolute, never with `..`."""
-HostPath = Annotated[str, Meta(pattern=r"^[^\x00-\x1f'\"\\$`]+$")]
-Pattern = Annotated[str, Meta(pattern=r"^/[A-Za-z0-9._/*+-]+$")]
-Uri = Annotated[str, Meta(pattern=r"^(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]-]+$")]
-Key = Annotated[str, Meta(pattern=r"^((https?|file)://)?[A-Za-z0-9@%+=:,.~_/\[\]-]+$")]
+HostPath = Annotated[str, _whole(r"[^\x00-\x1f'\"\\$`]+")]
+KeyringPath = Annotated[str, _whole(r"/[A-Za-z0-9@%+=:,.~_/-]+")]
+"""An absolute path that apt can take in a source line."""
+Pattern = Annotated[str, _whole(r"/[A-Za-z0-9._/*+-]+")]
+Uri = Annotated[str, _whole(r"(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
+Key = Annotated[str, _whole(r"((https?|file)://)?[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
 ImageReference = Annotated[
     str,
-    Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9._-]+)+(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]{64})?$"
-    ),
+    _whole(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9._-]+)+(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]{64})?"),
 ]
 ImageName = Annotated[
     str,
-    Meta(
-        pattern=r"^[a-zA-Z0-9][a-zA-Z0-9.-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$"
+    _whole(
+        r"[a-zA-Z0-9][a-zA-Z0-9.-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
     ),
 ]
-Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9@%+=:,./_{}-]+$")]
-"""One shell word without anything a shell would expand."""
+Word = Annotated[str, _whole(r"[A-Za-z0-9@%+=:,./_{}][A-Za-z0-9@%+=:,./_{}-]*")]
+"""One shell word without anything a shell would expand, and never an option."""
 UnitName = Annotated[
     str,
-    Meta(
-        pattern=r"^[A-Za-z0-9:_.@\\-]+\.(service|socket|target|timer|path|mount|automount|swap|slice|scope|device)$"
+    _whole(
+        r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*"
+        r"\.(service|socket|target|timer|path|mount|automount|swap|slice|scope|device)"
     ),
 ]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Version = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+.:~_-]*$")]
+Sha256 = Annotated[str, _whole(r"[0-9a-f]{64}")]
+Version = Annotated[str, _whole(r"[A-Za-z0-9][A-Za-z0-9+.:~_-]*")]
 Range = Annotated[
     str,
-    Meta(pattern=r"^ *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+( *, *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+)* *$"),
+    _whole(r" *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+( *, *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+)* *"),
 ]
 """Comma-separated bounds that all must hold, such as `>=6.12.97, <6.13`."""
 
@@ -75,11 +86,11 @@ class Repository(Strict, frozen=True, kw_only=True):
     name: Name
     uri: Uri | None = None
     """Where it is; absent means: the mirror map, the host's own apt, or the bootstrap tool's default."""
-    label: str | None = None
+    label: Line | None = None
     """The archive's label in its Release file; finds the same archive in the host's own apt sources."""
     suites: tuple[Word, ...] = ()
     components: tuple[Word, ...] = ()
-    keyring: HostPath | None = None
+    keyring: KeyringPath | None = None
     """Keyring file on the machine that builds."""
     key: Key | None = None
     """OpenPGP key: an URL, or a file beside the definition. Its SHA-256 is locked."""
@@ -142,6 +153,8 @@ class KmodSource(Strict, frozen=True, kw_only=True):
             raise ValueError("a tarball needs its `sha256`")
         if self.sha256 and not self.url:
             raise ValueError("`sha256` goes with `url`")
+        if self.url and not re.search(r"\.(tar(\.[a-z0-9]+)?|tgz)$", self.url):
+            raise ValueError("`url` must name a tarball: .tar, .tar.gz, .tgz and the like")
 
 
 class KmodPackage(Strict, frozen=True, kw_only=True):
@@ -155,12 +168,14 @@ class KmodPackage(Strict, frozen=True, kw_only=True):
 class Kmod(Strict, frozen=True, kw_only=True):
     """One out-of-tree driver: source, how it is built, what it leaves behind."""
 
-    summary: str
+    summary: Line
     version: Version | None = None
     """Driver version; with a package source it comes from the locked package."""
     source: KmodSource
-    build: str
+    build: Script
     """Shell lines run in the source folder; see $KERNEL_RELEASE, $JOBS and $DRIVER_VERSION."""
+    cpu_s: Annotated[int, Meta(ge=1)] = 120
+    """CPU seconds a compile takes, about; only for telling people how long to wait."""
     build_packages: tuple[PackageSpec, ...] = ()
     """What this build needs beyond the base's toolchain and the kernel headers."""
     modules: Annotated[tuple[Name, ...], Meta(min_length=1)]
@@ -179,7 +194,7 @@ class KmodOverride(Strict, frozen=True, kw_only=True):
 
     version: Version | None = None
     source: KmodSource | None = None
-    build: str | None = None
+    build: Script | None = None
 
 
 class Units(Strict, frozen=True, kw_only=True):
@@ -210,7 +225,7 @@ class Part(Strict, frozen=True, kw_only=True):
 class Vendor(Part, frozen=True, kw_only=True):
     """`base/<base>/<vendor>/vendor.yaml`."""
 
-    summary: str
+    summary: Line
     layers: tuple[Name, ...] = ()
     """Layers that come with this vendor."""
 
@@ -220,13 +235,13 @@ class Notice(Strict, frozen=True, kw_only=True):
 
     unless: Name
     """The capability that makes the notice pointless."""
-    text: str
+    text: Line
 
 
 class Layer(Part, frozen=True, kw_only=True):
     """`layers/<name>/layer.yaml`."""
 
-    summary: str
+    summary: Line
     tier: Literal[2, 3] = 2
     requires: tuple[Name, ...] = ()
     conflicts: tuple[Name, ...] = ()
@@ -240,7 +255,7 @@ class Layer(Part, frozen=True, kw_only=True):
 class Base(Strict, frozen=True, kw_only=True):
     """`base/<base>/base.yaml`."""
 
-    summary: str
+    summary: Line
     package_manager: Literal["apt", "dnf"]
     arch: Name
     """Architecture as the package manager calls it."""
@@ -266,9 +281,9 @@ class CompatRule(Strict, frozen=True, kw_only=True):
     """Kernel releases; absent means all."""
     verdict: Literal["ok", "patch", "blocked"]
     patch: RelativePath | None = None
-    reason: str
-    link: str | None = None
-    unblock: str | None = None
+    reason: Line
+    link: Line | None = None
+    unblock: Line | None = None
     """What still works, or which pin would lift the block."""
 
     def __post_init__(self) -> None:
@@ -335,7 +350,42 @@ FORMATS: Mapping[str, type[Strict]] = {
 def json_schema(name: str) -> dict[str, Any]:
     """JSON Schema of one format, for editors. Raises KeyError for an unknown name."""
     schema = msgspec.json.schema(FORMATS[name])
+    docs = field_docs()
+    for kind, definition in schema["$defs"].items():
+        for key, value in definition.get("properties", {}).items():
+            if key in docs.get(kind, {}):
+                value["description"] = docs[kind][key]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def field_docs() -> dict[str, dict[str, str]]:
+    """What each field means, by type and by the field's name in YAML: the texts below the fields.
+
+    Python does not keep them, so they are read from the source of this module; inherited fields count.
+    """
+    import ast
+    import inspect
+    import sys
+
+    own: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        own[node.name] = {
+            line.target.id: " ".join(str(text.value.value).split())
+            for line, text in zip(node.body, node.body[1:], strict=False)
+            if isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        }
+    found: dict[str, dict[str, str]] = {}
+    for kind in own:
+        bases = [base.__name__ for base in reversed(globals()[kind].__mro__)]
+        texts = {field: text for base in bases for field, text in own.get(base, {}).items()}
+        names = {info.name: info.encode_name for info in msgspec.structs.fields(globals()[kind])}
+        found[kind] = {names[field]: text for field, text in texts.items()}
+    return found
 
 
 def check_image_name(name: str) -> None:
@@ -353,6 +403,9 @@ def as_json(value: Strict) -> str:
 def describe_pattern(pattern: str) -> str:
     """What a pattern of this module takes, in words; empty for an unknown one."""
     for kind, text in (
+        (Line, "one line of text (in YAML `>-` folds several into one)"),
+        (Script, "shell lines, without control characters"),
+        (KeyringPath, "an absolute path such as /usr/share/keyrings/debian-archive-keyring.gpg"),
         (Name, "lower-case letters, digits, dot, dash and underscore, at most 64"),
         (RelativePath, "a path below the folder of the definition: not absolute, no `..`"),
         (Range, "bounds such as `>=6.12.97, <6.13`"),

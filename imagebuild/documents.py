@@ -22,6 +22,14 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _TRUE = {"true", "True", "TRUE"}
 _FALSE = {"false", "False", "FALSE"}
+_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value", "map", "seq")
+}
+# What YAML 1.1 calls printable (section 5.1).
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+MAX_DEPTH = 64
+MAX_VALUES = 100_000
 
 Path_ = tuple[str | int, ...]
 
@@ -77,7 +85,8 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
     except IsADirectoryError:
         raise DefinitionError(f"`{shown}` is a folder, a file was expected") from None
     except UnicodeDecodeError as error:
-        raise DefinitionError(f"`{shown}` is not UTF-8 text: {error.reason}") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DefinitionError(f"not UTF-8 text: {error.reason}", where=Location(shown, line)) from None
     except OSError as error:
         raise DefinitionError(f"`{shown}` cannot be read: {error.strerror}") from None
     lines = text.splitlines()
@@ -86,7 +95,23 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
         source = lines[line - 1] if 0 < line <= len(lines) else ""
         return Location(shown, line, column, what, source, width)
 
+    bad = _UNPRINTABLE.search(text)
+    if bad:
+        line, column = text.count("\n", 0, bad.start()) + 1, bad.start() - text.rfind("\n", 0, bad.start())
+        raise DefinitionError(
+            f"a control character (U+{ord(bad[0]):04X}) cannot be in a file",
+            where=Location(shown, line, column),  # without the source line: no terminal shall get it
+        )
     try:
+        # Composing recurses in C: a file that is nested deeply enough would end the process.
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                start: Any = event.start_mark
+                raise DefinitionError(
+                    f"nested more than {MAX_DEPTH} levels deep", where=place(start.line + 1, start.column + 1)
+                )
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -94,8 +119,6 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
         raise DefinitionError(f"not valid YAML: {error.problem}", where=where) from None
     except yaml.YAMLError as error:
         raise DefinitionError(f"`{shown}` is not valid YAML: {error}") from None
-    except RecursionError:
-        raise DefinitionError(f"`{shown}` is nested too deeply") from None
     keys: dict[Path_, tuple[int, int, int]] = {}
     values: dict[Path_, tuple[int, int, int]] = {}
     problems: list[DefinitionError] = []
@@ -110,8 +133,15 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
         if id(node) in seen:
             raise DefinitionError("this alias contains itself", where=place(*span(node)[:2], dotted(loc)))
         seen = (*seen, id(node))
-        if len(values) > 100_000:
-            raise DefinitionError(f"`{shown}` expands to more than 100000 values")
+        if len(loc) > MAX_DEPTH:  # aliases nest where the text does not
+            raise DefinitionError(
+                f"nested more than {MAX_DEPTH} levels deep", where=place(*span(node)[:2], dotted(loc[:3]))
+            )
+        if len(values) > MAX_VALUES:
+            raise DefinitionError(f"`{shown}` expands to more than {MAX_VALUES} values")
+        if node.tag not in _TAGS:
+            where = place(*span(node)[:2], dotted(loc))
+            problems.append(DefinitionError(f"a tag (`{node.tag}`) means nothing here", where=where))
         if isinstance(node, yaml.MappingNode):
             result: dict[str, Any] = {}
             for key_node, value_node in node.value:
@@ -136,7 +166,8 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
         if isinstance(node, yaml.SequenceNode):
             return [plain(item, (*loc, i), seen) for i, item in enumerate(node.value)]
         value = str(node.value)
-        if not node.style:  # plain scalars only; quotes make text of anything
+        # Plain scalars only: quotes make text of anything, and so does !!str.
+        if not node.style and node.tag != "tag:yaml.org,2002:str":
             if value in _NULLS:
                 return None
             if value in _TRUE:

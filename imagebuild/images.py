@@ -32,6 +32,10 @@ _TRUE_ELF = bytes.fromhex(
 )
 
 
+# No network, and a PID namespace whose end is the end of everything in it (unshare(1)).
+_ALONE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
 @dataclass(frozen=True)
 class Image:
     """One image in local storage."""
@@ -145,7 +149,10 @@ def _try_isolation() -> tuple[str, str]:
             file.flush()
             Path(file.name).chmod(stat.S_IRWXU | stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH)
             run(["buildah", "copy", name, file.name, "/true"])
-        tried = run(["buildah", "run", "--isolation", "oci", name, "--", "/true"], check=False)
+        tried = run(
+            [*_ALONE, "buildah", "run", "--isolation", "oci", "--network", "none", name, "--", "/true"],
+            check=False,
+        )
         if tried.returncode == 0:
             return "oci", "works on this machine"
         last = tried.tail[0] if tried.tail else f"exit code {tried.returncode}"
@@ -179,13 +186,18 @@ def build(
     argv = build_command(
         context, name=name, isolation=isolation, timestamp=timestamp, labels=labels, mark=owner()
     )
-    return run(
-        ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", *argv],
+    return run_alone(
+        argv,
         env={"TMPDIR": str(scratch), "SOURCE_DATE_EPOCH": str(timestamp)},
         log=log,
         on_line=on_line,
         merge=True,
     )
+
+
+def run_alone(argv: Sequence[str | Path], **options: Any) -> Result:
+    """`run.run`, without network and in a PID namespace of its own."""
+    return run([*_ALONE, *argv], **options)
 
 
 def build_command(
@@ -200,6 +212,8 @@ def build_command(
     """The buildah command that builds a context; `mark` is how a dead owner's containers are found."""
     argv = ["buildah", "build", "--format", "oci", "--layers=false", "--pull=never"]
     argv += ["--isolation", isolation, "--timestamp", str(timestamp)]
+    if isolation != "chroot":  # which has no network of its own to configure
+        argv += ["--network", "none"]
     if mark:
         argv += ["--add-host", f"{mark}:127.0.0.1"]
     for key, value in sorted(labels.items()):
@@ -276,12 +290,12 @@ def copy(source: str, destination: str, *options: str, attempts: int = 4) -> Res
         UnavailableError: the registry could not be reached, whatever the number of attempts.
         ImgbuildError: it was reached and refused.
     """
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
     retrying = Retrying(
         retry=retry_if_exception_type(UnavailableError),
         stop=stop_after_attempt(attempts),
-        wait=wait_exponential_jitter(initial=0.5, max=8),
+        wait=wait_exponential(multiplier=0.5, max=8) + wait_random(0, 1),
         reraise=True,
     )
     for attempt in retrying:

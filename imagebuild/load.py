@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -200,7 +200,22 @@ def load_layer(catalogue: Catalogue, name: str) -> tuple[Layer, Path]:
     folder = catalogue.folder("layers", name, "layer.yaml")
     if folder is None:
         raise DefinitionError(f"unknown layer `{name}`", help=nearest(name, catalogue.layers()))
-    return catalogue.read(folder / "layer.yaml", Layer), folder
+    path = folder / "layer.yaml"
+    document = read_yaml(path, catalogue.shown(path))
+    layer = parse(document, Layer, describe_pattern)
+    known = [*get_args(get_type_hints(Base)["package_manager"]), *catalogue.bases()]
+    raise_all(
+        [
+            DefinitionError(
+                f"there is neither a base nor a package manager `{key}`",
+                where=document.locate(("for", key), key=True),
+                help=nearest(key, known),
+            )
+            for key in layer.for_
+            if key not in known
+        ]
+    )
+    return layer, folder
 
 
 def _merge(layer: Layer, base_name: str, base: Base) -> Part:
@@ -348,7 +363,7 @@ def load(
     found_vendor, vendor_folder = load_vendor(catalogue, base, vendor)
     pieces: list[Piece] = []
     if tier >= 2:
-        unknown = [n for n in without_layers if n not in catalogue.layers()]
+        unknown = [n for n in (*site.without, *without_layers) if n not in catalogue.layers()]
         if unknown:
             raise DefinitionError(
                 f"unknown layer `{unknown[0]}`", help=nearest(unknown[0], catalogue.layers())
@@ -387,7 +402,16 @@ def load(
                         layer.notices,
                     )
                 )
-    known = {name for piece in pieces for name in piece.part.kmods}
+    known: dict[str, Piece] = {}
+    for piece in pieces:
+        for name in piece.part.kmods:
+            if name in known:
+                raise DefinitionError(
+                    f"kmod `{name}` is in {known[name].kind} `{known[name].name}`"
+                    f" and in {piece.kind} `{piece.name}`",
+                    help="leave one of them out, or give its kmod another name",
+                )
+            known[name] = piece
     if tier >= 2:
         for name in site.kmods:
             if name not in known:

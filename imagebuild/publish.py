@@ -77,15 +77,15 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Options:
+class PublishOptions:
     """How to publish.
 
     Attributes:
         stamp: set creation time, revision and the other annotations; without, the image's config
             keeps every byte and its layers are compressed, nothing else.
         created: creation time; None takes $SOURCE_DATE_EPOCH, else now.
-        revision: revision of the site; None asks git in `site`, the empty string sets none.
-        site: folder of the site file.
+        revision: revision of the site; None asks git in `site_folder`, the empty string sets none.
+        site_folder: folder of the site file.
         authfile: credentials; None leaves it to skopeo ($REGISTRY_AUTH_FILE, then its own places).
         tls_verify: None leaves it to registries.conf, which verifies unless told otherwise.
         attempts: how often a registry with network trouble is tried.
@@ -99,7 +99,7 @@ class Options:
     title: str = ""
     base_name: str = ""
     base_digest: str = ""
-    site: Path | None = None
+    site_folder: Path | None = None
     authfile: Path | None = None
     tls_verify: bool | None = None
     attempts: int = 4
@@ -264,7 +264,7 @@ def site_revision(folder: Path) -> str:
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
-def stamps(options: Options, created: str, revision: str) -> dict[str, str]:
+def stamps(options: PublishOptions, created: str, revision: str) -> dict[str, str]:
     """The annotations to set; what is empty is left out."""
     found = {
         "created": created,
@@ -354,7 +354,7 @@ def _add(folder: Path, data: Any) -> dict[str, Any]:
 
 
 def publish(
-    image: str, destinations: Sequence[Destination], state: State, report: Report, options: Options
+    image: str, destinations: Sequence[Destination], state: State, report: Report, options: PublishOptions
 ) -> PublishResult:
     """Put an image of local storage at every destination, under one digest.
 
@@ -374,8 +374,8 @@ def publish(
     if options.stamp:
         created = creation_time(options.created, os.environ)
         revision = options.revision if options.revision is not None else ""
-        if options.revision is None and options.site is not None:
-            revision = site_revision(options.site)
+        if options.revision is None and options.site_folder is not None:
+            revision = site_revision(options.site_folder)
         annotations = stamps(options, created, revision)
     with state.work(f"publish-{os.urandom(4).hex()}") as work:
         folder = work / "layout"
@@ -406,7 +406,7 @@ def publish(
     )
 
 
-def _push(folder: Path, destination: Destination, digest: str, work: Path, options: Options) -> None:
+def _push(folder: Path, destination: Destination, digest: str, work: Path, options: PublishOptions) -> None:
     """Copy the layout to one destination and see that it arrived under its digest."""
     told = work / "digest"
     words = ["--quiet", "--preserve-digests", "--digestfile", str(told)]
@@ -416,21 +416,29 @@ def _push(folder: Path, destination: Destination, digest: str, work: Path, optio
         if options.tls_verify is not None:
             words.append(f"--dest-tls-verify={str(options.tls_verify).lower()}")
         images.copy(f"oci:{folder}", destination.location, *words, attempts=options.attempts)
-    elif destination.transport == "oci":
-        images.copy(f"oci:{folder}", destination.location, *words, attempts=1)
     else:
-        # There whole or not at all.
-        place = Path(destination.name)
+        _write(folder, destination, words)
+    arrived = told.read_text().strip()
+    if arrived != digest:
+        raise ImgbuildError(f"{destination} has digest {arrived}, expected {digest}")
+
+
+def _write(folder: Path, destination: Destination, words: Sequence[str]) -> None:
+    """Copy the layout into another, or into an archive; an archive is there whole or not at all."""
+    place = Path(destination.name)
+    try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        if destination.transport == "oci":
+            images.copy(f"oci:{folder}", destination.location, *words, attempts=1)
+            return
         part = place.with_name(f".{place.name}.{os.getpid()}.part")
         try:
             images.copy(f"oci:{folder}", replace(destination, name=str(part)).location, *words, attempts=1)
             part.replace(place)
         finally:
             part.unlink(missing_ok=True)
-    arrived = told.read_text().strip()
-    if arrived != digest:
-        raise ImgbuildError(f"{destination} has digest {arrived}, expected {digest}")
+    except OSError as error:
+        raise ImgbuildError(f"cannot write {destination}", lines=[str(error)]) from None
 
 
 def _failure(
@@ -458,13 +466,13 @@ def _failure(
         return ImgbuildError(f"no space to push {destination}", lines=_said(error), help="\n".join(advice))
     elif _PLAIN_HTTP in text:
         what = f"registry {host} speaks plain HTTP, and TLS is asked for"
-        advice.insert(0, "to trust it as it is: --tls-verify=false")
+        advice.insert(0, "to trust it as it is: --no-tls-verify")
     elif _AUTH.search(text):
         what = f"registry {host} refuses {destination}: not logged in, or not allowed to push there"
         advice.insert(0, f"log in: skopeo login {host} (or name the credentials: --authfile FILE)")
     elif _CERTIFICATE.search(text):
         what = f"the certificate of registry {host} is not accepted"
-        advice.insert(0, f"put its CA into /etc/containers/certs.d/{host}/ca.crt, or --tls-verify=false")
+        advice.insert(0, f"put its CA into /etc/containers/certs.d/{host}/ca.crt, or --no-tls-verify")
     else:
         what = f"registry {host} refuses {destination}" if error.lines else error.what
     return UnavailableError(what, lines=_said(error), help="\n".join(advice))

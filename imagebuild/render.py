@@ -14,11 +14,11 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imagebuild.definitions import Units
-from imagebuild.errors import DefinitionError
+from imagebuild.errors import DefinitionError, ImgbuildError
 from imagebuild.load import Selection, shipped
 from imagebuild.lock import LockedPackage
 from imagebuild.plan import Node, Plan, fill_kmod
@@ -62,15 +62,18 @@ class Rendered:
 
 
 def shell_quote(value: object) -> str:
-    """One shell word that means exactly `value`."""
-    return shlex.quote(str(value))
+    """One shell word that means exactly `value`, on one line: a RUN instruction ends with its line."""
+    text = str(value)
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise DefinitionError(f"a control character cannot be in a command: {text!r}")
+    return shlex.quote(text)
 
 
 def label_quote(value: object) -> str:
     """A value for a LABEL instruction: quoted, with nothing a Containerfile parser would expand."""
     text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
-    if "\n" in text or "\r" in text:
-        raise DefinitionError("a label cannot have more than one line")
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise DefinitionError(f"a control character cannot be in a label: {text!r}")
     return f'"{text}"'
 
 
@@ -157,7 +160,8 @@ def _inputs(
     for path, file in files.items():
         found[f"file {path}"] = f"{file.mode:o} {file.link or file.sha256}"
     for package in packages:
-        found[f"package {package.name}:{package.arch}"] = f"{package.version} {package.sha256}"
+        name, what = f"package {package.name}:{package.arch}", f"{package.version} {package.sha256}"
+        found[name] = f"{found[name]}, {what}" if name in found else what
     for name in node.parents:
         found[f"parent {name}"] = done[name].key or ""
     if tarball:
@@ -341,11 +345,18 @@ def _tree_context(plan: Plan) -> Iterator[ContextFile]:
     for folder in folders:
         if folder.is_dir():
             for file in _walk(folder, "files"):
-                if file.path.endswith(".j2"):
+                if file.path.endswith(".j2") and file.link is None:
                     file = _rendered_file(plan, file)
                 merged[file.path] = file
     for file in _kargs(selection):
         merged[file.path] = file
+    for path, file in merged.items():
+        for parent in list(PurePosixPath(path).parents)[:-1]:
+            other = merged.get(str(parent))
+            if other is not None:  # writing through a link would leave the context
+                raise DefinitionError(
+                    f"`{file.source or path}` lies below `{other.source or parent}`, which is no folder"
+                )
     yield from merged.values()
 
 
@@ -364,18 +375,20 @@ def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
                 site=plan.selection.site,
             )
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, UnicodeDecodeError) as error:
         raise DefinitionError(f"`{file.source}` cannot be rendered: {error}") from None
     return _text(file.path.removesuffix(".j2"), text, file.mode)
 
 
 def _kargs(selection: Selection) -> Iterator[ContextFile]:
-    pieces: list[tuple[str, Sequence[str]]] = [("base", selection.base.kargs)]
-    pieces += [(piece.name, piece.part.kargs) for piece in selection.pieces]
+    pieces: list[tuple[str, Sequence[str]]] = [("00-imgbuild-base", selection.base.kargs)]
+    for piece in selection.pieces:
+        number = 10 if piece.kind == "vendor" else 20
+        pieces.append((f"{number}-imgbuild-{piece.name}", piece.part.kargs))
     for name, kargs in pieces:
         if kargs:
             words = ", ".join(json.dumps(word) for word in kargs)
-            yield _text(f"files/usr/lib/bootc/kargs.d/10-imgbuild-{name}.toml", f"kargs = [{words}]\n")
+            yield _text(f"files/usr/lib/bootc/kargs.d/{name}.toml", f"kargs = [{words}]\n")
 
 
 def _text(path: str, text: str, mode: int = 0o644) -> ContextFile:
@@ -404,9 +417,14 @@ def _walk(root: Path, prefix: str, *, keep_modes: bool = False) -> Iterator[Cont
         here = Path(folder)
         for name in sorted([*names, *(d for d in folders if (here / d).is_symlink())]):
             path = here / name
-            target = f"{prefix}/{path.relative_to(root)}"
+            within = str(path.relative_to(root))
+            target = f"{prefix}/{within}"
             if keep_modes and path.relative_to(root).parts[0] == ".git":
                 continue
+            if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in within):
+                raise DefinitionError(
+                    f"a file name below `{root}` has a control character or is not UTF-8: {within!r}"
+                )
             if path.is_symlink():
                 link = str(path.readlink())
                 yield ContextFile(target, 0o777, hashlib.sha256(link.encode()).hexdigest(), link=link)
@@ -414,8 +432,6 @@ def _walk(root: Path, prefix: str, *, keep_modes: bool = False) -> Iterator[Cont
                 yield _file(target, path)
             else:
                 raise DefinitionError(f"`{path}` is neither a file nor a link")
-            if any(ord(c) < 32 for c in name):
-                raise DefinitionError(f"a file name below `{root}` has a control character: {name!r}")
 
 
 def write_context(rendered: Rendered, folder: Path, packages: Mapping[str, Path]) -> None:
@@ -459,6 +475,8 @@ def _place(source: Path, target: Path) -> None:
     """Link where it can be, copy where it cannot (another file system)."""
     import shutil
 
+    if target.exists():  # it may be a link to another file of the store, which must not be written
+        raise ImgbuildError(f"two files of one build context have the name `{target.name}`")
     try:
         target.hardlink_to(source)
     except OSError:

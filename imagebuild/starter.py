@@ -13,7 +13,7 @@ FIRST_OFFER = "centos"
 SITE = """\
 # What this fleet's images are made of. `imgbuild plan` shows what follows from it.
 # Editors: `imgbuild schema site` prints the JSON Schema of this file.
-name: {name}
+name: "{name}"
 
 # centos: CentOS Stream 10 bootc from its registry; debian: bootstrapped from a package mirror.
 base: {base}
@@ -60,7 +60,7 @@ def pipeline(kind: str) -> tuple[str, str]:
     if kind == "gitlab":
         lines = ["image:", "  image: debian:13", "  script:", *(f"    - {_yaml(step)}" for step in STEPS)]
         return ".gitlab-ci.yml", "\n".join(lines) + "\n"
-    steps = " ; ".join(step.replace("$CI_COMMIT_SHA", "$GITHUB_SHA") for step in STEPS)
+    steps = " && ".join(step.replace("$CI_COMMIT_SHA", "$GITHUB_SHA") for step in STEPS)
     lines = [
         "on: push",
         "jobs:",
@@ -70,7 +70,7 @@ def pipeline(kind: str) -> tuple[str, str]:
         "    env: {IMAGE: '${{ vars.IMAGE }}'}",
         "    steps:",
         "      - uses: actions/checkout@v5",
-        f"      - run: {_yaml('set -eu ; ' + steps)}",
+        f"      - run: {_yaml(steps)}",
     ]
     return ".github/workflows/image.yml", "\n".join(lines) + "\n"
 

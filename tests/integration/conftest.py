@@ -22,6 +22,7 @@ import pytest
 from imagebuild import images
 
 from .registries import Registry, container_registry, process_registry, remove_storage
+from .workshop import TOY_BUILD, Site, toy_site
 
 HERE = Path(__file__).parent
 BUILD_TIME = 1_700_000_000
@@ -126,3 +127,40 @@ def make_image(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Im
 def tiny_image(make_image: ImageMaker) -> str:
     """The name of an image of one small file."""
     return make_image("tiny", {"etc/motd": "a small image\n"})
+
+
+@pytest.fixture(scope="session")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder shared by the tests of a session, so that everything is downloaded and built once."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="session")
+def make_site(
+    storage: Storage, state_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Site]:
+    """Makes an empty site folder whose commands use the session's storage and state."""
+
+    def make(name: str) -> Site:
+        folder = tmp_path_factory.mktemp(name)
+        return Site(folder, {"IMGBUILD_STATE_DIR": str(state_dir)})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_lock(make_site: Callable[[str], Site]) -> str:
+    """The lock of the toy vendor: resolved once, with tier 1, kernel and builder built once."""
+    site = make_site("toy-first")
+    toy_site(site.folder, site.env)
+    site.build(*TOY_BUILD)
+    return (site.folder / "imgbuild.lock").read_text()
+
+
+@pytest.fixture
+def toy(make_site: Callable[[str], Site], toy_lock: str) -> Site:
+    """A fresh site with the toy vendor, locked, with all but the module built."""
+    site = make_site("toy")
+    toy_site(site.folder, site.env)
+    site.write("imgbuild.lock", toy_lock)
+    return site

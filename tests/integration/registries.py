@@ -387,7 +387,9 @@ class Proxy:
                     self.connection.shutdown(socket.SHUT_RDWR)
                 elif isinstance(answer, int):
                     self._body()
-                    self._answer(answer, b'{"errors":[{"code":"TEST","message":"refused by the test"}]}')
+                    code = {401: "UNAUTHORIZED", 403: "DENIED"}.get(answer, "UNSUPPORTED")
+                    text = json.dumps({"errors": [{"code": code, "message": "refused by the test"}]})
+                    self._answer(answer, text.encode())
                 else:
                     self._forward()
 

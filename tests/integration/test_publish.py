@@ -13,7 +13,14 @@ import pytest
 
 from imagebuild import images
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
-from imagebuild.publish import Destination, Options, PublishResult, parse_destination, publish, read_layout
+from imagebuild.publish import (
+    Destination,
+    PublishOptions,
+    PublishResult,
+    parse_destination,
+    publish,
+    read_layout,
+)
 from imagebuild.report import Report
 from imagebuild.run import run
 from imagebuild.state import State
@@ -22,14 +29,14 @@ from .conftest import ImageMaker
 from .registries import HTPASSWD, ProcessRegistry, Proxy, Registry, auth_file, process_registry
 
 CREATED = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
-STAMPED = Options(
+STAMPED = PublishOptions(
     created=CREATED,
     revision="0123abc",
     version="2026.11",
     source="https://git.example/fleet",
     tls_verify=False,
 )
-PLAIN = Options(stamp=False, tls_verify=False)
+PLAIN = PublishOptions(stamp=False, tls_verify=False)
 OCI = "org.opencontainers.image"
 
 
@@ -49,7 +56,7 @@ def second_image(make_image: ImageMaker) -> str:
     return make_image("second", {"etc/motd": "another small image\n"})
 
 
-def push(image: str, state: State, options: Options, *texts: str) -> PublishResult:
+def push(image: str, state: State, options: PublishOptions, *texts: str) -> PublishResult:
     return publish(image, [parse_destination(t) for t in texts], state, Report(io.StringIO()), options)
 
 
@@ -97,7 +104,7 @@ def test_publish_same_image_and_stamps_give_the_same_digest(
 ) -> None:
     first = push(tiny_image, state, STAMPED, f"{registry.address}/{repo}:1")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", str(int(CREATED.timestamp())))
-    options = Options(
+    options = PublishOptions(
         revision="0123abc", version="2026.11", source="https://git.example/fleet", tls_verify=False
     )
     second = push(tiny_image, state, options, f"{registry.address}/{repo}:2")
@@ -125,7 +132,9 @@ def test_publish_takes_the_revision_of_the_site(
     ]
     for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "one"]):
         run([*git, *words])
-    push(tiny_image, state, Options(site=site, tls_verify=False), f"{registry.address}/{repo}:1")
+    push(
+        tiny_image, state, PublishOptions(site_folder=site, tls_verify=False), f"{registry.address}/{repo}:1"
+    )
     labels = registry.config(repo, "1")["config"]["Labels"]
     assert labels[f"{OCI}.revision"] == run([*git, "rev-parse", "HEAD"]).stdout.strip()
 
@@ -220,7 +229,7 @@ def test_publish_registry_down_keeps_the_image_and_works_later(
     name = f"{own_registry.address}/a/b:1"
     own_registry.stop()
     with pytest.raises(UnavailableError, match="cannot be reached") as caught:
-        push(tiny_image, state, Options(tls_verify=False, attempts=2), name)
+        push(tiny_image, state, PublishOptions(tls_verify=False, attempts=2), name)
     assert caught.value.exit_code == 4
     assert "connection refused" in "\n".join(caught.value.lines)
     assert f"`{tiny_image}` is kept" in caught.value.help
@@ -239,7 +248,7 @@ def test_publish_shared_registry_survives_an_outage(
     registry.stop()
     try:
         with pytest.raises(UnavailableError):
-            push(tiny_image, state, Options(tls_verify=False, attempts=1), name)
+            push(tiny_image, state, PublishOptions(tls_verify=False, attempts=1), name)
     finally:
         registry.start()
     assert registry.digest(repo, "1") == first.digest
@@ -268,10 +277,10 @@ def test_publish_obeys_authfile(tiny_image: str, state: State, tmp_path: Path) -
         wrong = auth_file(tmp_path / "wrong.json", own.address, "imgbuild", "guess")
         for file in (None, wrong):
             with pytest.raises(UnavailableError, match="not logged in") as caught:
-                push(tiny_image, state, Options(tls_verify=False, authfile=file), name)
+                push(tiny_image, state, PublishOptions(tls_verify=False, authfile=file), name)
             assert "skopeo login" in caught.value.help
             assert "guess" not in str(caught.value.lines)
-        push(tiny_image, state, Options(tls_verify=False, authfile=right), name)
+        push(tiny_image, state, PublishOptions(tls_verify=False, authfile=right), name)
 
 
 def test_publish_obeys_registry_auth_file_variable(
@@ -288,8 +297,8 @@ def test_publish_verifies_tls_unless_told_otherwise(
 ) -> None:
     for verify in (None, True):
         with pytest.raises(UnavailableError, match="speaks plain HTTP") as caught:
-            push(tiny_image, state, Options(tls_verify=verify), f"{registry.address}/{repo}:1")
-        assert "--tls-verify=false" in caught.value.help
+            push(tiny_image, state, PublishOptions(tls_verify=verify), f"{registry.address}/{repo}:1")
+        assert "--no-tls-verify" in caught.value.help
     assert registry.tags(repo) == []
 
 
@@ -328,7 +337,7 @@ def test_publish_tries_again_when_an_upload_is_cut(
 def test_publish_gives_up_on_a_registry_that_stays_ill(tiny_image: str, state: State) -> None:
     with Proxy(None, lambda *_: 503) as proxy:
         with pytest.raises(UnavailableError, match="cannot be reached"):
-            push(tiny_image, state, Options(tls_verify=False, attempts=2), f"{proxy.address}/a/b:1")
+            push(tiny_image, state, PublishOptions(tls_verify=False, attempts=2), f"{proxy.address}/a/b:1")
         assert proxy.count("GET", "/v2/") >= 2
 
 

@@ -15,7 +15,7 @@ from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
 from imagebuild.images import is_network_trouble
 from imagebuild.publish import (
     Destination,
-    Options,
+    PublishOptions,
     creation_time,
     parse_destination,
     push_order,
@@ -146,7 +146,7 @@ def test_creation_time_bad_epoch_is_refused(epoch: str) -> None:
 
 
 def test_stamps_leave_out_what_is_empty() -> None:
-    found = stamps(Options(version="7", base_name="r.io/base:10"), "2026-11-23T00:00:00Z", "")
+    found = stamps(PublishOptions(version="7", base_name="r.io/base:10"), "2026-11-23T00:00:00Z", "")
     assert found == {
         "org.opencontainers.image.created": "2026-11-23T00:00:00Z",
         "org.opencontainers.image.version": "7",
@@ -298,7 +298,7 @@ PING = "pinging container registry r.io: "
         PING + "received unexpected HTTP status: 500 Internal Server Error",
         "writing blob: uploading layer chunked: StatusCode: 502, <html>",
         "writing blob: write tcp 127.0.0.1:2->127.0.0.1:1: write: broken pipe",
-        "writing manifest: uploading manifest x to r.io/a: received unexpected HTTP status: 504 Gateway Timeout",
+        "writing manifest: uploading manifest x: received unexpected HTTP status: 504 Gateway Timeout",
         "reading blob sha256:aa: toomanyrequests: slow down",
         "lookup r.io on 127.0.0.53:53: no such host",
     ],
@@ -335,7 +335,7 @@ def failure(line: str, kind: type[ImgbuildError] = ImgbuildError) -> ImgbuildErr
         ("unauthorized: authentication required", "not logged in, or not allowed", "skopeo login r.io"),
         ("denied: requested access to the resource is denied", "not allowed", "skopeo login r.io"),
         ("checking: invalid status code from registry 403 (Forbidden)", "not allowed", "skopeo login"),
-        ("http: server gave HTTP response to HTTPS client", "plain HTTP", "--tls-verify=false"),
+        ("http: server gave HTTP response to HTTPS client", "plain HTTP", "--no-tls-verify"),
         (
             "x509: certificate signed by unknown authority",
             "certificate",

@@ -1,0 +1,5 @@
+"""`python -m imagebuild` is `imgbuild`."""
+
+from imagebuild.cli import main
+
+main()

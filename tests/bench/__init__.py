@@ -1,0 +1,1 @@
+"""Benchmarks: side by side in one run, reported as ratios, never asserted."""
