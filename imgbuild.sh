@@ -11,8 +11,9 @@ here=$(dirname -- "$(readlink -f -- "$0")")
 venv=$here/.venv
 packages="apt-utils buildah ca-certificates crun debian-archive-keyring kmod mmdebstrap python3-apt
     skopeo systemd uidmap xz-utils zstd"
-# The tests start a real registry: a container of podman, or a process.
-[ "${1-}" != test ] || packages="$packages catatonit docker-registry netavark podman slirp4netns"
+# The tests start a real registry (a container of podman, or a process) and sign package repositories.
+[ "${1-}" != test ] ||
+    packages="$packages catatonit docker-registry gpg gpg-agent netavark podman slirp4netns"
 
 say() { echo "imgbuild.sh: $*" >&2; }
 die() { say "$*"; exit 4; }

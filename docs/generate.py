@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, get_origin
 
@@ -157,7 +158,7 @@ def formats() -> Iterator[str]:
 
 def kinds_of_text() -> Iterator[tuple[str, str]]:
     """Names of the kinds of text, and what each takes: in words, or as a pattern."""
-    for statement, after in zip(TREE, TREE[1:], strict=False):
+    for statement, after in pairwise(TREE):
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             continue
         name = statement.targets[0].id
@@ -169,7 +170,8 @@ def kinds_of_text() -> Iterator[tuple[str, str]]:
         else:
             pattern = kind.__metadata__[0].pattern
             text = definitions.describe_pattern(pattern).removeprefix("it takes ")
-            text = text or f"text that matches `` {pattern.removeprefix('^(?:').removesuffix(')$(?!\\n)')} ``"
+            bare = pattern.removeprefix("^(?:").removesuffix(r")$(?!\n)")
+            text = text or f"text that matches `` {bare} ``"
         yield name, text[:1].upper() + text[1:].rstrip(".") + "."
 
 
@@ -198,8 +200,8 @@ def checks() -> Iterator[str]:
     """The checks there are."""
     yield from ("## Checks", "")
     yield (
-        "`imgbuild check IMAGE` runs them all, in this order. A check that cannot run is a finding `could-not-run`, "
-        "which counts like a fatal one. Warnings and notices do not fail the command."
+        "`imgbuild check IMAGE` runs them all, in this order. A check that cannot run is a finding "
+        "`could-not-run`, which counts like a fatal one. Warnings and notices do not fail the command."
     )
     yield from ("", "| check | severity | why | what helps |", "|---|---|---|---|")
     for one in check.list_checks():

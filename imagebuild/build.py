@@ -450,7 +450,7 @@ class _Builder:
         )
         advice = [f"log: {log}", f"repeat: {run.pasteable(command)}"]
         text = "\n".join(error.lines)
-        if "No space left on device" in text:
+        if "no space left on device" in text.lower():
             advice.insert(
                 0, "the disk is full: free some space; the next run goes on from the last finished node"
             )

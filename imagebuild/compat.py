@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imagebuild.definitions import CompatRule
-from imagebuild.errors import BlockedError, Location
+from imagebuild.errors import BlockedError, DefinitionError, Location
 
 Order = Callable[[str, str], int]
 """Compares two versions: negative, zero or positive."""
@@ -20,7 +20,13 @@ Order = Callable[[str, str], int]
 def _deb_order(a: str, b: str) -> int:
     from univers.debian import compare_versions
 
-    return int(compare_versions(a, b))  # type: ignore[no-untyped-call]
+    try:
+        return int(compare_versions(a, b))  # type: ignore[no-untyped-call]
+    except ValueError:
+        raise DefinitionError(
+            f"`{a}` and `{b}` cannot be compared",
+            help="a version of this base starts with a digit, see deb-version(7)",
+        ) from None
 
 
 def _rpm_order(a: str, b: str) -> int:
@@ -57,7 +63,11 @@ def _depth(version: str) -> int:
 
 
 def in_range(version: str, text: str, order: Order) -> bool:
-    """Tell whether a version lies within all bounds, compared as deep as each bound goes."""
+    """Tell whether a version lies within all bounds, compared as deep as each bound goes.
+
+    Raises:
+        DefinitionError: the distribution cannot compare these versions.
+    """
     for op, bound in bounds(text):
         sign = order(as_deep_as(version, bound), bound)
         holds = {

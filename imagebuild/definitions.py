@@ -47,7 +47,9 @@ KeyringPath = Annotated[str, _whole(r"/[A-Za-z0-9@%+=:,.~_/-]+")]
 """An absolute path that apt can take in a source line."""
 Pattern = Annotated[str, _whole(r"/[A-Za-z0-9._/*+-]+")]
 Uri = Annotated[str, _whole(r"(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
-Key = Annotated[str, _whole(r"((https?|file)://)?[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
+UriTemplate = Annotated[str, Meta(pattern=r"^(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]{}-]+$")]
+"""An URL in which `{version}` is filled in."""
+Key = Annotated[str, _whole(r"((https?|file)://)?(?!-)[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
 ImageReference = Annotated[
     str,
     _whole(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9._-]+)+(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]{64})?"),
@@ -71,7 +73,7 @@ Sha256 = Annotated[str, _whole(r"[0-9a-f]{64}")]
 Version = Annotated[str, _whole(r"[A-Za-z0-9][A-Za-z0-9+.:~_-]*")]
 Range = Annotated[
     str,
-    _whole(r" *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+( *, *(<=|>=|<|>|=|!=) *[A-Za-z0-9+.:~_-]+)* *"),
+    _whole(r" *(<=|>=|<|>|=|!=) *[0-9][A-Za-z0-9+.:~_-]*( *, *(<=|>=|<|>|=|!=) *[0-9][A-Za-z0-9+.:~_-]*)* *"),
 ]
 """Comma-separated bounds that all must hold, such as `>=6.12.97, <6.13`."""
 
@@ -138,7 +140,8 @@ class KmodSource(Strict, frozen=True, kw_only=True):
     """Where module source comes from: a distribution package, a tarball, or a directory."""
 
     package: PackageSpec | None = None
-    url: Uri | None = None
+    url: UriTemplate | None = None
+    """A tarball; `{version}` is filled in."""
     sha256: Sha256 | None = None
     directory: HostPath | None = None
     """A directory of this machine, relative to the file that names it."""

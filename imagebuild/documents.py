@@ -176,9 +176,9 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
                 return False
         return value
 
-    data = plain(root, (), ()) if root is not None else {}
+    data = plain(root, (), ()) if root is not None else None
     raise_all(problems)
-    return Document(path, shown, text, data, keys, values)
+    return Document(path, shown, text, {} if data is None else data, keys, values)
 
 
 def raise_all(problems: Sequence[DefinitionError]) -> None:
@@ -324,6 +324,10 @@ def _in_words(message: str, data: Any, kind: Any, hint: Callable[[str], str]) ->
         return f"must be {wanted}, not {_shape(data)}", ""
     if "matching regex" in message and meta is not None:
         return f"has a form that is not allowed: {data!r}", hint(str(meta.pattern))
+    length = re.match(r"Expected `(str|array)` of length (>=|<=) (\d+)", message)
+    if length:
+        unit = "characters" if length[1] == "str" else "entries"
+        return f"must have at {'least' if length[2] == '>=' else 'most'} {length[3]} {unit}", ""
     return f"is not right: {message}", ""
 
 

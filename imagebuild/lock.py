@@ -169,9 +169,9 @@ def request_of(selection: Selection) -> str:
     for piece in selection.pieces:
         asked.append([piece.name, list(piece.part.packages)])
         for name, kmod in piece.part.kmods.items():
-            asked.append(
-                [name, kmod.version, as_json(kmod.source), list(kmod.build_packages), as_json(kmod.package)]
-            )
+            # Where a directory lies is the machine's matter, and nothing of it is locked.
+            source = "directory" if kmod.source.directory else as_json(kmod.source)
+            asked.append([name, kmod.version, source, list(kmod.build_packages), as_json(kmod.package)])
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

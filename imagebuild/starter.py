@@ -58,13 +58,19 @@ STEPS = (
 def pipeline(kind: str) -> tuple[str, str]:
     """Path and text of a pipeline for `gitlab` or `github`: lock, build, check, push."""
     if kind == "gitlab":
-        lines = ["image:", "  image: debian:13", "  script:", *(f"    - {_yaml(step)}" for step in STEPS)]
+        # `image` is a keyword of GitLab, not a name that a job may have.
+        lines = [
+            "host-image:",
+            "  image: debian:13",
+            "  script:",
+            *(f"    - {_yaml(step)}" for step in STEPS),
+        ]
         return ".gitlab-ci.yml", "\n".join(lines) + "\n"
     steps = " && ".join(step.replace("$CI_COMMIT_SHA", "$GITHUB_SHA") for step in STEPS)
     lines = [
         "on: push",
         "jobs:",
-        "  image:",
+        "  host-image:",
         "    runs-on: ubuntu-latest",
         "    container: {image: 'debian:13', options: --privileged}",
         "    env: {IMAGE: '${{ vars.IMAGE }}'}",

@@ -68,7 +68,8 @@ def mirror(site: Site, repository: Path, key: str) -> None:
     site.write(f"keys/{key}.asc", (repository / f"{key}.asc").read_text())
     site.write(
         "mirrors.yaml",
-        f"repositories:\n  nvidia-container-toolkit:\n    uri: file://{repository}/repo\n    key: keys/{key}.asc\n",
+        "repositories:\n  nvidia-container-toolkit:\n"
+        f"    uri: file://{repository}/repo\n    key: keys/{key}.asc\n",
     )
 
 

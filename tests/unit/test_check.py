@@ -19,7 +19,7 @@ from elf_writer import (
     write_module,
 )
 
-import imagebuild.check as check_module
+import imagebuild.check.table as check_module
 from imagebuild.check import CheckedImage, Report, check, list_checks, run_checks
 from imagebuild.errors import DefinitionError
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # install.sh FOLDER...: install exactly the package files in these folders, without any repository.
 set -eu
+# shellcheck disable=SC2046 # names of package files have no white space
 set -- $(for folder; do find "$folder" -name '*.deb'; done | sort)
 [ $# -gt 0 ] || exit 0
 # INITRD=No: the initramfs is made once, at the end (kernel postinst hooks obey it).

@@ -7,4 +7,5 @@ if [ -e "/boot/vmlinuz-$1" ]; then
     mv "/boot/config-$1" "$modules/config"
     mv "/boot/System.map-$1" "$modules/System.map"
 fi
+# shellcheck disable=SC2115 # the whole of /boot is meant
 rm -rf /boot/* /vmlinuz /vmlinuz.old /initrd.img /initrd.img.old

@@ -103,7 +103,7 @@ class Solver:
             self.records.lookup((file, index))
             uri = self.sources.find_index(file).archive_uri(self.records.filename)
             for name, base in self.question["repositories"].items():
-                base = base.rstrip("/") + "/"
+                base = re.sub(r"^file:/+", "file:/", base.rstrip("/")) + "/"  # as apt writes it
                 if uri.startswith(base):
                     return {
                         "name": version.parent_pkg.name,

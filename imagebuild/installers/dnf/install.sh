@@ -1,6 +1,7 @@
 #!/bin/sh
 # install.sh FOLDER...: install exactly the package files in these folders, without any repository.
 set -eu
+# shellcheck disable=SC2046 # names of package files have no white space
 set -- $(for folder; do find "$folder" -name '*.rpm'; done | sort)
 [ $# -gt 0 ] || exit 0
 log=/tmp/imgbuild-dnf.log

@@ -1,0 +1,125 @@
+"""The documents hold true: the reference is current, links lead somewhere, and commands parse."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+
+from imagebuild.cli import cli
+
+TOP = Path(__file__).parents[2]
+DOCUMENTS = sorted([TOP / "README.md", *(TOP / "docs").glob("*.md")])
+# Named in the documents as missing. A command that comes to be must leave this list.
+NOT_YET = {"disk", "boot"}
+# Places that definitions take things from, and that texts refer to; `.example` is nobody's (RFC 2606).
+HOSTS = {
+    "developer.download.nvidia.com",
+    "download.zfsonlinux.org",
+    "git.kernel.org",
+    "github.com",
+    "nvidia.github.io",
+    "quay.io",
+    "reproducible-builds.org",
+    "www.apache.org",
+}
+HOST = re.compile(r"(?<![\w./-])(?:[a-z0-9-]+\.)+(?:org|com|net|io|dev)\b")
+OWN_FOLDER = re.compile(r"(?<![\w.~])/(?:home|root|work|Users)/\w+")
+
+
+def _generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", TOP / "docs/generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = _generate()
+
+
+def _headings(document: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {generate.anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def _code(text: str) -> Iterator[str]:
+    """Every line of a code block, continued ones joined, and every inline piece of code."""
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield from block.replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield from (" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
+
+
+def _commands() -> Iterator[Any]:
+    """Every command line of imgbuild in the documents, once per document."""
+    for document in DOCUMENTS:
+        seen = set()
+        for line in _code(document.read_text()):
+            words = (
+                shlex.split(line, comments=True) if re.match(r" *(\./imgbuild\.sh|imgbuild) ", line) else []
+            )
+            if len(words) < 2 or words[1] == "test" or re.search(r"\[|…|\.\.\.|COMMAND", line):
+                continue
+            if tuple(words) not in seen:
+                seen.add(tuple(words))
+                yield pytest.param(words[1:], id=f"{document.name}: {' '.join(words[1:])}")
+
+
+def test_reference_is_what_generate_writes() -> None:
+    # Line breaks in help texts depend on click's version, words do not.
+    written = generate.PLACE.read_text().split()
+    assert written == generate.reference().split(), "run: python docs/generate.py"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_to_files_and_headings(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, heading = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.name} links to {link}, which is not there"
+        assert not heading or heading in _headings(target), f"{document.name}: {link} names no heading"
+
+
+@pytest.mark.parametrize("words", _commands())
+def test_command_line_in_documents_parses(words: list[str]) -> None:
+    name, *arguments = words
+    if name in NOT_YET:
+        assert name not in cli.commands, f"`imgbuild {name}` exists now: describe it"
+        return
+    with click.Context(cli, info_name="imgbuild") as root:
+        if name.startswith("-"):
+            arguments, command = words, cli
+        else:
+            assert name in cli.commands, f"there is no command `imgbuild {name}`"
+            command = cli.commands[name]
+        try:
+            command.make_context(name, list(arguments), parent=root)
+        except click.exceptions.Exit as done:  # --help and --version end it here
+            assert done.exit_code == 0
+
+
+def test_readme_names_every_command() -> None:
+    text = (TOP / "README.md").read_text()
+    assert [name for name in cli.commands if f"imgbuild {name}" not in text] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_no_foreign_host_and_no_folder_of_somebody(document: Path) -> None:
+    text = document.read_text()
+    assert sorted(set(HOST.findall(text)) - HOSTS) == []
+    assert OWN_FOLDER.findall(text) == []
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    text = (TOP / "README.md").read_text()
+    assert [d.name for d in DOCUMENTS[1:] if d.parent.name == "docs" and f"(docs/{d.name})" not in text] == []
