@@ -32,6 +32,7 @@ PLAIN = {"str": "text", "bool": "`true` or `false`", "int": "whole number"}
 
 TREE = ast.parse(inspect.getsource(definitions)).body
 CLASSES = {item.name: item for item in TREE if isinstance(item, ast.ClassDef)}
+USED = {node.id for item in CLASSES.values() for node in ast.walk(item) if isinstance(node, ast.Name)}
 FIELD_DOCS = definitions.field_docs()
 TOP = {model.__name__: title for name, title in TITLES.items() for model in [definitions.FORMATS[name]]}
 
@@ -163,7 +164,7 @@ def kinds_of_text() -> Iterator[tuple[str, str]]:
             continue
         name = statement.targets[0].id
         kind = getattr(definitions, name)
-        if get_origin(kind) is not Annotated:
+        if get_origin(kind) is not Annotated or name not in USED:
             continue
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             text = " ".join(str(after.value.value).split())

@@ -134,9 +134,6 @@ def build(
     """
     assert plan.locked
     tags = (default_name(plan),) if options.tags is None else options.tags
-    # A dead run left a folder; only then can it have left containers.
-    if state.sweep():
-        images.sweep()
     there = images.by_name()
     if options.no_cache:
         there = {}

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -28,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EXIT_CODES = """\b
 Exit codes:
   0  done
-  1  failed (build, check, drift)
+  1  failed (build, check, push, probe)
   2  wrong usage or invalid definition
   3  stopped by compat rules alone
   4  a program, mirror or registry is missing or unreachable
@@ -125,6 +126,11 @@ class _Run:
         self.as_json = as_json
         self.report: Report = Report(stream, quiet=quiet, verbose=verbose)
         self.state: State = State(default_state_dir())
+        if self.state.sweep():  # a dead imgbuild left something: only then can it have left containers
+            from imagebuild import images
+
+            with suppress(ImgbuildError):
+                images.sweep()
 
     def selection(self, arguments: dict[str, Any]) -> Selection:
         from imagebuild.load import load
@@ -161,7 +167,14 @@ def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
     keep = (stale or (related[0] if related else None)) and [
         p for s in ([stale] if stale else related) for p in s.packages()
     ]
-    section = lock.resolve(selection, run.state, run.report, prefer=keep or (), allow_blocked=allow_blocked)
+    section = lock.resolve(
+        selection,
+        run.state,
+        run.report,
+        prefer=keep or (),
+        trusted=lock.trusted_keys(known),
+        allow_blocked=allow_blocked,
+    )
     lock.write(path, lock.Lockfile(sections={**known.sections, selection.section: section}))
     why = "definitions changed since it was locked" if stale else "not locked before"
     run.report.say(f"wrote {_short(path)}: section {selection.section} ({why})")
@@ -518,7 +531,9 @@ def lock(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **argum
     path = locking.lock_path(selection)
     known = locking.read(path)
     before = known.sections.get(selection.section)
-    section = locking.resolve(selection, run.state, run.report, allow_blocked=allow_blocked)
+    section = locking.resolve(
+        selection, run.state, run.report, trusted=locking.trusted_keys(known), allow_blocked=allow_blocked
+    )
     locking.write(path, locking.Lockfile(sections={**known.sections, selection.section: section}))
     moved = locking.differences(before, section)
     run.print(
@@ -685,9 +700,8 @@ def check(
 
 
 @cli.command()
-@click.option("--base", default=None, metavar="B", help="Also what this base needs.")
 @_output_options
-def doctor(base: str | None, as_json: bool, verbose: bool, quiet: bool) -> None:
+def doctor(as_json: bool, verbose: bool, quiet: bool) -> None:
     """Tell what this machine lacks, and the command that installs it.
 
     \b
@@ -713,12 +727,18 @@ def doctor(base: str | None, as_json: bool, verbose: bool, quiet: bool) -> None:
 
 @cli.command()
 @click.option("--base", type=str, default=None, metavar="B", help="Distribution [asked, else centos].")
-@click.option("--vendor", default="nvidia", show_default=True, metavar="V")
+@click.option("--vendor", default=None, metavar="V", help="GPU vendor [default: nvidia].")
 @click.option("--ci", type=click.Choice(["gitlab", "github"]), help="Write a pipeline too.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=Path())
 @_output_options
 def init(
-    base: str | None, vendor: str, ci: str | None, folder: Path, as_json: bool, verbose: bool, quiet: bool
+    base: str | None,
+    vendor: str | None,
+    ci: str | None,
+    folder: Path,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Write a commented starter site, and a CI pipeline.
 
@@ -737,6 +757,7 @@ def init(
         if sys.stdin.isatty() and not as_json:
             base = click.prompt("base", type=click.Choice(names), default=base)
     load_base(catalogue, base)
+    vendor = vendor or starter.FIRST_VENDOR
     load_vendor(catalogue, base, vendor)
     written = starter.write(folder, base=base, vendor=vendor, ci=ci)
     run.print({"written": [str(p) for p in written]}, "\n".join(f"wrote {path}" for path in written))

@@ -77,6 +77,17 @@ Range = Annotated[
 ]
 """Comma-separated bounds that all must hold, such as `>=6.12.97, <6.13`."""
 
+# What a lock is made of: it comes from a file too, and ends in commands and file names.
+PackageName = Annotated[str, _whole(r"[A-Za-z0-9][A-Za-z0-9+._:-]*")]
+PackageVersion = Annotated[str, _whole(r"[A-Za-z0-9][A-Za-z0-9+.:~^_-]*")]
+PackagePath = Annotated[
+    str, _whole(r"((?!\.\./)[A-Za-z0-9@%+=:,.~^_()-]*/)*(?!\.\.?$)[A-Za-z0-9@%+=:,.~^_()-]+")
+]
+"""Where a package file lies below its repository; ends in a file name, never climbs."""
+KernelRelease = Annotated[str, _whole(r"[0-9][A-Za-z0-9+._~-]*")]
+ImageDigest = Annotated[str, _whole(r"(sha256:[0-9a-f]{64})?")]
+Epoch = Annotated[str, _whole(r"[0-9]*")]
+
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Base of every format: frozen, no unknown keys."""
@@ -146,7 +157,7 @@ class KmodSource(Strict, frozen=True, kw_only=True):
     directory: HostPath | None = None
     """A directory of this machine, relative to the file that names it."""
     path: RelativePath | None = None
-    """Folder of the source inside the package or tarball; `{version}` is filled in."""
+    """Folder of the source inside the package, tarball or directory; `{version}` is filled in."""
 
     def __post_init__(self) -> None:
         given = [n for n in ("package", "url", "directory") if getattr(self, n) is not None]
@@ -184,7 +195,7 @@ class Kmod(Strict, frozen=True, kw_only=True):
     modules: Annotated[tuple[Name, ...], Meta(min_length=1)]
     """Module names (files NAME.ko, anywhere in the built source)."""
     licences: tuple[RelativePath, ...] = ()
-    """Licence files, seen from the root of the unpacked source package."""
+    """Licence files, seen from the root of the package, tarball or directory."""
     package: KmodPackage
 
     def __post_init__(self) -> None:
@@ -193,19 +204,30 @@ class Kmod(Strict, frozen=True, kw_only=True):
 
 
 class KmodOverride(Strict, frozen=True, kw_only=True):
-    """What a site may change of a kmod."""
+    """What a site may change of a kmod. What is not named stays, but a new `source` brings its own
+    version and licences."""
 
     version: Version | None = None
+    """Driver version; needed when `source` is a tarball or a directory."""
     source: KmodSource | None = None
-    build: Script | None = None
+    """Where the source comes from instead."""
+    build: str | None = None
+    """Other shell lines that build it."""
+    build_packages: tuple[PackageSpec, ...] | None = None
+    """What this build needs beyond the base's toolchain and the kernel headers."""
+    licences: tuple[RelativePath, ...] | None = None
+    """Licence files of the new source."""
 
 
 class Units(Strict, frozen=True, kw_only=True):
     """systemd units as the image shall have them."""
 
     enable: tuple[UnitName, ...] = ()
+    """Units that start at boot; one that is not in the image fails the build."""
     disable: tuple[UnitName, ...] = ()
+    """Units that packages enable and this image does not want."""
     mask: tuple[UnitName, ...] = ()
+    """Units that nothing may start."""
 
 
 class Part(Strict, frozen=True, kw_only=True):
@@ -323,8 +345,11 @@ class Site(Strict, frozen=True, kw_only=True):
     """`imgbuild.yaml`: what one fleet wants."""
 
     name: Name = "site"
+    """What this fleet is called."""
     base: Name | None = None
+    """Distribution; `--base` overrules it, and without both it is debian."""
     vendor: Name | None = None
+    """GPU vendor; `--vendor` overrules it, and without both it is none."""
     with_: tuple[Name, ...] = field(default=(), name="with")
     """Layers in addition to those of the vendor."""
     without: tuple[Name, ...] = ()

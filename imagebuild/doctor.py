@@ -45,7 +45,7 @@ def examine(state: State) -> list[Item]:
         there = available(program)
         package = PACKAGES[program]
         found.append(Item(program, there, True, "there" if there else f"package {package}", package))
-    found.append(_python_apt())
+    found += [_python_apt(), _netavark()]
     if available("buildah") and os.geteuid() == 0:
         found += _storage(state)
     return found
@@ -86,6 +86,14 @@ def _python_apt() -> Item:
         run(["/usr/bin/python3", "-c", "import apt_pkg"], check=False).returncode == 0
     )
     return Item("python-apt", there, True, "there" if there else "package python3-apt", "python3-apt")
+
+
+def _netavark() -> Item:
+    """Newer buildah looks for it even where no network is made."""
+    folders = ("/usr/lib/podman", "/usr/libexec/podman", "/usr/local/lib/podman", "/usr/local/libexec/podman")
+    there = any((Path(folder) / "netavark").exists() for folder in folders)
+    needed = available("buildah") and images.buildah_version() >= (1, 33)
+    return Item("netavark", there or not needed, needed, "there" if there else "package netavark", "netavark")
 
 
 def _storage(state: State) -> list[Item]:

@@ -131,6 +131,8 @@ class Selection:
     site_folder: Path
     mirrors: MirrorMap
     mirrors_folder: Path
+    left_out: tuple[str, ...] = ()
+    """Layers that were asked for but belong to a higher tier."""
 
     @property
     def section(self) -> str:
@@ -155,7 +157,8 @@ class Selection:
     def notices(self) -> list[str]:
         """What the person who plans this image should know."""
         provided = {capability for piece in self.pieces for capability in piece.part.provides}
-        return [n.text for p in self.pieces for n in p.notices if n.unless not in provided]
+        said = [n.text for p in self.pieces for n in p.notices if n.unless not in provided]
+        return said + [f"layer {name} belongs to a higher tier: not in this image" for name in self.left_out]
 
 
 def load_base(catalogue: Catalogue, name: str) -> tuple[Base, Path]:
@@ -307,11 +310,15 @@ def _override(kmod: Kmod, change: KmodOverride | None, site_folder: Path) -> Kmo
     if change.source and change.source.directory:
         place = (site_folder / change.source.directory).resolve()
         source = msgspec.structs.replace(change.source, directory=str(place))
+    fresh = change.source is not None
+    build_packages = kmod.build_packages if change.build_packages is None else change.build_packages
     return msgspec.structs.replace(
         kmod,
-        version=change.version or (kmod.version if change.source is None else None),
+        version=change.version or (None if fresh else kmod.version),
         source=source,
         build=change.build or kmod.build,
+        build_packages=build_packages,
+        licences=change.licences if change.licences is not None else () if fresh else kmod.licences,
     )
 
 
@@ -362,6 +369,7 @@ def load(
     vendor = vendor or site.vendor or "none"
     found_vendor, vendor_folder = load_vendor(catalogue, base, vendor)
     pieces: list[Piece] = []
+    left_out: list[str] = []
     if tier >= 2:
         unknown = [n for n in (*site.without, *without_layers) if n not in catalogue.layers()]
         if unknown:
@@ -389,7 +397,9 @@ def load(
             )
         )
         for name, (layer, layer_folder) in chosen.items():
-            if layer.tier <= tier:
+            if layer.tier > tier:
+                left_out.append(name)
+            else:
                 pieces.append(
                     Piece(
                         "layer",
@@ -436,6 +446,7 @@ def load(
         site_folder=site_folder,
         mirrors=mirrors,
         mirrors_folder=mirrors_folder,
+        left_out=tuple(left_out),
     )
 
 

@@ -12,18 +12,27 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from imagebuild.compat import ORDERS, blocked_error, judge, judge_range
-from imagebuild.definitions import as_json
+from imagebuild.definitions import (
+    Epoch,
+    ImageDigest,
+    KernelRelease,
+    PackageName,
+    PackagePath,
+    PackageVersion,
+    Sha256,
+    as_json,
+)
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
 from imagebuild.load import Selection
 from imagebuild.report import Report
 from imagebuild.run import run
 from imagebuild.sources import Location, locate, registry_reference
-from imagebuild.state import State, write_whole
+from imagebuild.state import State, sha256_of, write_whole
 
 LOCK_FILE = "imgbuild.lock"
 FORMAT = 1
@@ -32,20 +41,20 @@ FORMAT = 1
 class LockedPackage(msgspec.Struct, frozen=True, kw_only=True):
     """One package: what it is, where it lies below its repository, its length and SHA-256."""
 
-    name: str
-    version: str
-    arch: str
-    repository: str
-    path: str
-    size: int
-    sha256: str
+    name: PackageName
+    version: PackageVersion
+    arch: PackageName
+    repository: PackageName
+    path: PackagePath
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Sha256
 
 
 class LockedKmod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A driver: its version, and the package its source comes from (tarballs: see the definition)."""
 
-    version: str
-    epoch: str = ""
+    version: PackageVersion
+    epoch: Epoch = ""
     source: LockedPackage | None = None
 
 
@@ -54,8 +63,10 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     request: str
     """SHA-256 over what was asked for; another one means that definitions changed since."""
-    kernel_release: str
-    base_digest: str = ""
+    kernel_release: KernelRelease
+    keys: dict[PackageName, Sha256] = {}
+    """SHA-256 of each repository's key, for those that are not a keyring of this machine."""
+    base_digest: ImageDigest = ""
     """Digest of the upstream image; empty where tier 1 is bootstrapped."""
     kmods: dict[str, LockedKmod] = {}
     transactions: dict[str, tuple[LockedPackage, ...]] = {}
@@ -92,17 +103,12 @@ def read(path: Path) -> Lockfile:
         raise DefinitionError(f"cannot read `{path}`: {error.strerror}") from None
     try:
         found = msgspec.json.decode(data, type=Lockfile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DefinitionError(
             f"`{path}` is not a lock: {error}", help="remove it; the next `imgbuild lock` writes it anew"
         ) from None
     if found.version != FORMAT:
         raise DefinitionError(f"`{path}` has format {found.version}, this imgbuild reads {FORMAT}")
-    for package in (p for section in found.sections.values() for p in section.packages()):
-        if not re.fullmatch(r"[0-9a-f]{64}", package.sha256) or ".." in package.path.split("/"):
-            raise DefinitionError(f"`{path}` is damaged at package `{package.name}`")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]*", package.name):
-            raise DefinitionError(f"`{path}` has a package name that cannot be: {package.name!r}")
     return found
 
 
@@ -175,10 +181,17 @@ def request_of(selection: Selection) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
+def trusted_keys(lock: Lockfile) -> dict[str, str]:
+    """SHA-256 of every repository key that any section of a lock holds, by repository."""
+    return {name: sha256 for section in lock.sections.values() for name, sha256 in section.keys.items()}
+
+
 def section_of(lock: Lockfile, selection: Selection) -> Section | None:
     """The lock's section for a selection, None if there is none or if it is stale."""
     section = lock.sections.get(selection.section)
-    return section if section is not None and section.request == request_of(selection) else None
+    if section is None or section.request != request_of(selection):
+        return None
+    return section if section.kmods.keys() == selection.kmods.keys() else None
 
 
 def precheck(selection: Selection, *, allow_blocked: bool = False) -> None:
@@ -226,12 +239,14 @@ def resolve(
     report: Report,
     *,
     prefer: Iterable[LockedPackage] = (),
+    trusted: Mapping[str, str] | None = None,
     allow_blocked: bool = False,
 ) -> Section:
     """Resolve everything a selection needs.
 
     Args:
         prefer: packages whose versions are kept where the mirror still has them.
+        trusted: SHA-256 of repository keys that were locked before; another key is refused.
 
     Raises:
         BlockedError, UnavailableError, DefinitionError, ImgbuildError.
@@ -239,9 +254,27 @@ def resolve(
     precheck(selection, allow_blocked=allow_blocked)
     solve = SOLVERS[selection.base.package_manager]
     with report.step("lock", "asking which versions there are") as step:
+        keys = _check_keys(locate(selection, state), trusted or {})
         section = solve(selection, state, {p.name: p.version for p in prefer}, allow_blocked, step.line)
+        section = msgspec.structs.replace(section, keys=keys)
         step.outcome = f"kernel {section.kernel_release}, {len(section.packages())} packages"
     return section
+
+
+def _check_keys(locations: Mapping[str, Location], trusted: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of each repository's key; raises ImgbuildError for one that is not the locked one."""
+    found = {}
+    for name, location in sorted(locations.items()):
+        if location.key is None or str(location.key) == location.repository.keyring:
+            continue
+        found[name] = sha256_of(location.key)
+        if trusted.get(name, found[name]) != found[name]:
+            raise ImgbuildError(
+                f"the key of repository `{name}` is not the one that was locked",
+                lines=[f"locked {trusted[name]}", f"found  {found[name]}"],
+                help="if its owner changed it, remove the repository from `keys` in imgbuild.lock",
+            )
+    return found
 
 
 def _transactions(selection: Selection, release: str) -> list[dict[str, Any]]:

@@ -201,12 +201,14 @@ def _kmod_values(plan: Plan, node: Node) -> dict[str, Any]:
         return {}
     kmod = plan.selection.kmods[node.kmod][0]
     locked = plan.kmod(node.kmod)
+    # A directory lies in the context as source/tree; people name paths as seen from the directory.
+    within = "tree/" if kmod.source.directory else ""
     return {
         "name": node.kmod,
         "version": locked.version,
-        "path": fill_kmod(kmod.source.path or ".", locked, plan.kernel_release),
+        "path": within + fill_kmod(kmod.source.path or ".", locked, plan.kernel_release),
         "modules": kmod.modules,
-        "licences": [fill_kmod(path, locked, plan.kernel_release) for path in kmod.licences],
+        "licences": [within + fill_kmod(path, locked, plan.kernel_release) for path in kmod.licences],
         "package": kmod.package.name,
     }
 
@@ -361,8 +363,6 @@ def _tree_context(plan: Plan) -> Iterator[ContextFile]:
 
 
 def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
-    import jinja2
-
     assert file.source is not None
     try:
         text = (
@@ -375,7 +375,7 @@ def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
                 site=plan.selection.site,
             )
         )
-    except (jinja2.TemplateError, UnicodeDecodeError) as error:
+    except Exception as error:  # a template is a program: anything can go wrong in it
         raise DefinitionError(f"`{file.source}` cannot be rendered: {error}") from None
     return _text(file.path.removesuffix(".j2"), text, file.mode)
 

@@ -121,8 +121,9 @@ class Report:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
+        width = max((len(step.name) for step in list(self._steps)), default=1)
+        table.add_column(no_wrap=True, min_width=width)
+        table.add_column(no_wrap=True, min_width=7, justify="right")
         table.add_column(no_wrap=True, overflow="ellipsis")
         for step in list(self._steps):
             table.add_row(step.name, seconds(step.elapsed_s), step.last or step.detail)

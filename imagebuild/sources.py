@@ -18,6 +18,7 @@ from imagebuild.run import run
 from imagebuild.state import State, sha256_of
 
 PARALLEL_DOWNLOADS = 8
+TEMPLATES = Path("/usr/share/python-apt/templates")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,24 @@ def host_locations() -> dict[str, str]:
     return found
 
 
+def tool_location(repository: Repository, templates: Path = TEMPLATES) -> str | None:
+    """The archive's location that python-apt ships for it (deb822-like *.info files), None if it has none."""
+    archive = (repository.label or "").split("-")[0]
+    path = templates / f"{archive}.info"
+    if not archive or not path.is_file() or not repository.suites:
+        return None
+    series = repository.suites[0].split("-")[0]
+    for stanza in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line)
+        if fields.get("Suite", "").replace("{series}", series) == repository.suites[0]:
+            uri = fields.get("BaseURI", "").rstrip("/")
+            if uri.startswith(("http://", "https://")):
+                return uri
+    return None
+
+
 def locate(selection: Selection, state: State) -> dict[str, Location]:
-    """Find every repository of a selection: mirror map, then definition, then the host's own apt.
+    """Find every repository: mirror map, definition, the host's own apt, python-apt's default.
 
     Raises:
         DefinitionError: the mirror map names a repository nobody has.
@@ -71,7 +88,7 @@ def locate(selection: Selection, state: State) -> dict[str, Location]:
         uri = mirror.uri if isinstance(mirror, Mirror) else mirror or repository.uri
         if uri is None:
             host = host_locations() if host is None else host
-            uri = host.get(repository.label or "")
+            uri = host.get(repository.label or "") or tool_location(repository)
         if uri is None:
             raise UnavailableError(
                 f"no location known for repository `{repository.name}`",

@@ -9,6 +9,7 @@ from imagebuild.load import SITE_FILE
 from imagebuild.state import write_whole
 
 FIRST_OFFER = "centos"
+FIRST_VENDOR = "nvidia"
 
 SITE = """\
 # What this fleet's images are made of. `imgbuild plan` shows what follows from it.
@@ -45,10 +46,10 @@ without: []
 
 # $IMGBUILD is what pip installs; $IMAGE where the image goes, without a tag.
 STEPS = (
-    "apt-get update && apt-get install -y python3-venv python3-apt buildah skopeo mmdebstrap"
-    " apt-utils crun kmod systemd",
-    'python3 -m venv .venv && .venv/bin/pip install "${IMGBUILD:-imgbuild}"',
-    ".venv/bin/imgbuild lock",
+    "apt-get update && apt-get install -y git python3-venv python3-apt buildah skopeo mmdebstrap"
+    " apt-utils crun kmod netavark systemd",
+    'python3 -m venv .venv && .venv/bin/pip install "${IMGBUILD:?what pip installs}"',
+    "test -f imgbuild.lock || .venv/bin/imgbuild lock",
     '.venv/bin/imgbuild build -t image:ci ${CACHE:+--cache "$CACHE"}',
     ".venv/bin/imgbuild check image:ci",
     '.venv/bin/imgbuild push ${PUSH_OPTIONS:-} image:ci "$IMAGE:$CI_COMMIT_SHA" "$IMAGE:latest"',

@@ -97,7 +97,8 @@ def test_kmod_stage_beside_bare_make(make_site: Callable[[str], Site]) -> None:
     release = json.loads(site.run("plan", "--json", *NVIDIA).out)["kernel_release"]
     context = out / "kmod-nvidia"
     script = (
-        "set -e; mkdir /w; for d in /run/ctx/source/*.deb; do dpkg-deb -x $d /w; done; cd /w/usr/src/nvidia-*; "
+        "set -e; mkdir /w; for d in /run/ctx/source/*.deb; do dpkg-deb -x $d /w; done; "
+        "cd /w/usr/src/nvidia-*; "
         "for p in /run/ctx/kmod/patches/*.patch; do patch -p1 < $p >/dev/null; done; "
         f"s=$(date +%s.%N); make -j$(nproc) modules KERNEL_UNAME={release} >/dev/null 2>&1; "
         "e=$(date +%s.%N); awk -v a=$s -v b=$e 'BEGIN { print b - a }'"
@@ -107,9 +108,14 @@ def test_kmod_stage_beside_bare_make(make_site: Callable[[str], Site]) -> None:
     ).stdout.strip()
     try:
         ran = subprocess.run(
-            ["buildah", "run", "--isolation", "chroot", "-v", f"{context}:/run/ctx:ro", name, "--", "sh", "-c", script],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [
+                *("buildah", "run", "--isolation", "chroot", "-v", f"{context}:/run/ctx:ro", name),
+                *("--", "sh", "-c", script),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     finally:
         subprocess.run(["buildah", "rm", name], check=True, capture_output=True)
     bare = float(ran.stdout.split()[-1])

@@ -106,3 +106,14 @@ def test_toolkit_with_a_wrong_signature_is_refused(toy: Site, repository: Path, 
     expected = {"stranger's key": "NO_PUBKEY", "unsigned": "not signed", "no key": "no key file"}[fault]
     assert expected in failed.err, failed.err
     assert (toy.folder / "imgbuild.lock").read_text() == before
+
+
+def test_key_that_changed_since_it_was_locked_is_refused(toy: Site, repository: Path) -> None:
+    mirror(toy, repository, "toolkit")
+    toy.run("lock", *TOOLKIT)
+    lock = toy.folder / "imgbuild.lock"
+    assert '"keys"' in lock.read_text()
+    mirror(toy, repository, "stranger")
+    before = lock.read_text()
+    failed = toy.run("lock", *TOOLKIT, code=1)
+    assert "is not the one that was locked" in failed.err and lock.read_text() == before

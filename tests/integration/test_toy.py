@@ -135,8 +135,8 @@ def test_tarball_source_is_verified_and_built(toy: Site, tmp_path: Path) -> None
         f"url: file://{tmp_path}/toy-{{version}}.tar.gz\n      sha256: {sha256}\n      path: toy-{{version}}"
     )
     vendor = "base/debian/toy/vendor.yaml"
-    toy.edit(vendor, "directory: ../../../source\n      path: tree", source)
-    toy.edit(vendor, "licences: [tree/COPYING]", "licences: ['toy-{version}/COPYING']")
+    toy.edit(vendor, "directory: ../../../source", source)
+    toy.edit(vendor, "licences: [COPYING]", "licences: ['toy-{version}/COPYING']")
     assert toy.nodes(toy.build(*TOY_BUILD))["kmod-toy"] == "built"
     toy.edit(vendor, sha256, "0" * 64)
     failed = toy.run("build", *TOY_BUILD, code=1)
@@ -259,8 +259,12 @@ def test_second_machine_compiles_nothing_with_a_cache(
     try:
         there = second.build(*TOY_BUILD, *cache)
         assert second.nodes(there) == {
-            "tier1": "built", "kernel": "built", "builder": "not needed", "kmod-toy": "pulled", "tier2": "built",
-        }  # fmt: skip
+            "tier1": "built",
+            "kernel": "built",
+            "builder": "not needed",
+            "kmod-toy": "pulled",
+            "tier2": "built",
+        }
         assert there["digest"] == done["digest"]  # another machine, the same bytes
     finally:
         remove_storage(folder)

@@ -166,7 +166,8 @@ class Solver:
                 if package.architecture != self.arch or not package.has_versions:
                     continue
                 candidate = depcache.get_candidate_ver(package)
-                if candidate and (package.essential or candidate.priority <= apt_pkg.PRI_REQUIRED):
+                # Priority 0 is none at all, which a repository's own packages may have.
+                if candidate and (package.essential or candidate.priority == apt_pkg.PRI_REQUIRED):
                     wanted.append(package)
         for spec in transaction["install"]:
             wanted.append(self.find(spec, depcache))
