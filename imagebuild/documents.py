@@ -166,8 +166,7 @@ def read_yaml(path: Path, shown: str | None = None) -> Document:
         if isinstance(node, yaml.SequenceNode):
             return [plain(item, (*loc, i), seen) for i, item in enumerate(node.value)]
         value = str(node.value)
-        # Plain scalars only: quotes make text of anything, and so does !!str.
-        if not node.style and node.tag != "tag:yaml.org,2002:str":
+        if node.tag != "tag:yaml.org,2002:str":  # quotes make text of anything, and so does !!str
             if value in _NULLS:
                 return None
             if value in _TRUE:

@@ -264,7 +264,9 @@ def mounted(name: str) -> Iterator[Path]:
 
 def layer_files(name: str, folder: Path) -> tuple[Path, ...]:
     """The layers of an image as tar files in `folder`, base first."""
-    run(["skopeo", "copy", "--quiet", f"containers-storage:{name}", f"dir:{folder}"])
+    # By id: skopeo takes a short name for one of docker.io, buildah for a local one.
+    image = inspect(name)["FromImageID"]
+    run(["skopeo", "copy", "--quiet", f"containers-storage:{image}", f"dir:{folder}"])
     manifest = json.loads((folder / "manifest.json").read_text())
     return tuple(folder / layer["digest"].split(":")[1] for layer in manifest["layers"])
 

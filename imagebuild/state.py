@@ -14,22 +14,24 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from imagebuild.errors import ImgbuildError
 
-_OWNER = re.compile(r"^imgbuild-([0-9]+)-([0-9]+)-([0-9a-f]{8})$")
+_OWNER = re.compile(r"imgbuild-([0-9]+)-([0-9]+)-([0-9a-f]{8})([0-9a-f]+)?")
 
 
 def default_state_dir() -> Path:
     """$IMGBUILD_STATE_DIR, else /var/lib/imgbuild for root, else the user's state folder (XDG)."""
     named = os.environ.get("IMGBUILD_STATE_DIR")
     if named:
-        return Path(named)
+        return Path(named).absolute()  # programs that we start have other current folders
     if os.geteuid() == 0:
         return Path("/var/lib/imgbuild")
     home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
@@ -38,6 +40,14 @@ def default_state_dir() -> Path:
 
 def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _namespace() -> str:
+    """The PID namespace, in hexadecimal: a pid of another container says nothing here."""
+    try:
+        return f"{Path('/proc/self/ns/pid').stat().st_ino:x}"
+    except OSError:
+        return "0"
 
 
 def _started(pid: int) -> str | None:
@@ -50,17 +60,23 @@ def _started(pid: int) -> str | None:
 
 
 def owner() -> str:
-    """A name for this process that no later process can have: pid, start time and boot."""
-    return f"imgbuild-{os.getpid()}-{_started(os.getpid())}-{_boot()}"
+    """A name for this process that no later process can have: pid, start time, boot and PID namespace."""
+    return f"imgbuild-{os.getpid()}-{_started(os.getpid())}-{_boot()}{_namespace()}"
 
 
 def is_dead(name: str) -> bool:
-    """Tell whether `name` is an owner whose process is gone. False for anything that is no owner."""
-    match = _OWNER.match(name)
+    """Tell whether `name` is an owner whose process is gone.
+
+    False for anything that is no owner, and for one in another PID namespace: containers may share
+    a state folder, and cannot see each other's processes.
+    """
+    match = _OWNER.fullmatch(name)
     if match is None:
         return False
-    pid, started, boot = match.groups()
-    return boot != _boot() or _started(int(pid)) != started
+    pid, started, boot, namespace = match.groups()
+    if boot != _boot():
+        return True
+    return namespace in (None, _namespace()) and _started(int(pid)) != started
 
 
 def sha256_of(path: Path) -> str:
@@ -69,19 +85,27 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
+def _known_sha256(path: Path, inode: int, size: int, changed_ns: int) -> str:
+    return sha256_of(path)
+
+
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    # A name that nobody can guess, and never a file or link that is there already.
+    part = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
     try:
-        if isinstance(data, str):
-            part.write_text(data, encoding="utf-8")
-        else:
-            part.write_bytes(data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("xb") as file:
+            file.write(raw)
         part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ImgbuildError(f"cannot write `{path}`: {error.strerror}") from None
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ImgbuildError(f"cannot write `{path}`: {error.strerror}") from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,20 @@ class State:
     def stored(self, sha256: str) -> Path:
         """Where the file with this SHA-256 lies, whether it is there or not."""
         return self.root / "store" / sha256[:2] / sha256
+
+    def has(self, sha256: str) -> bool:
+        """Tell whether the store holds this file, and that it still is what its name says.
+
+        Read again in each run: a crash, a bad disk or another user of the folder may have changed it.
+        """
+        place = self.stored(sha256)
+        try:
+            status = place.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            return _known_sha256(place, status.st_ino, status.st_size, status.st_mtime_ns) == sha256
+        except OSError:
+            return False
 
     def add(self, path: Path, sha256: str) -> Path:
         """Move a file into the store after checking what it is.
@@ -140,7 +178,7 @@ class State:
         """What is remembered under `name`; empty when there is nothing, or nothing readable."""
         try:
             data = json.loads((self.root / "journal" / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return data if isinstance(data, dict) else {}
 

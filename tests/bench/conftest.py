@@ -1,14 +1,10 @@
-"""Benchmarks use the fixtures of the integration tests and print one table at the end."""
+"""Benchmarks print one table at the end."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-from tests.integration.conftest import make_site, registry, state_dir, storage, toy_lock
-
-__all__ = ["make_site", "registry", "state_dir", "storage", "toy_lock"]
 
 HERE = Path(__file__).parent
 _rows: list[tuple[str, str, str, str, str]] = []

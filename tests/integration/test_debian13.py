@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from imagebuild.sources import host_locations
+from tests.conftest import Storage
 
-from .conftest import Storage
-from .registries import remove_storage
 from .workshop import TOY, TOY_BUILD
 
 pytestmark = pytest.mark.full
@@ -44,12 +43,14 @@ def trixie(tmp_path: Path, storage: Storage) -> Iterator[Path]:
         shutil.copy(os.environ["PIP_CERT"], root / "pip-ca.crt")
     mounted = []
     try:
+        # A root that is a mount point, as any machine's or container's is.
+        subprocess.run(["mount", "--bind", str(root), str(root)], check=True)
+        mounted.append(root)
         for kind, place in (("proc", "proc"), ("sysfs", "sys"), ("devtmpfs", "dev")):
             subprocess.run(["mount", "-t", kind, kind, str(root / place)], check=True)
             mounted.append(root / place)
         yield root
     finally:
-        remove_storage(root / "var/lib/containers/storage")
         for place in reversed(mounted):
             subprocess.run(["umount", "-l", str(place)], check=False)
 

@@ -24,8 +24,8 @@ from imagebuild.publish import (
 from imagebuild.report import Report
 from imagebuild.run import run
 from imagebuild.state import State
+from tests.conftest import ImageMaker
 
-from .conftest import ImageMaker
 from .registries import HTPASSWD, ProcessRegistry, Proxy, Registry, auth_file, process_registry
 
 CREATED = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)

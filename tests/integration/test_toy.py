@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from imagebuild import images
+from tests.conftest import Storage
 
-from .conftest import Storage
 from .registries import Registry, remove_storage
 from .workshop import TOY_BUILD, Site, toy_site
 

@@ -21,7 +21,7 @@ from imagebuild.render import Rendered, render
 
 __all__ = ["synthetic_section"]
 
-settings.register_profile("fast", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fast")
 
 

@@ -307,7 +307,7 @@ def _is_shell(script: bytes) -> bool:
     return subprocess.run(["sh", "-n"], input=script, capture_output=True).returncode == 0
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.sampled_from(PLACES), ANY)
 def test_any_text_in_any_field_is_refused_or_changes_no_instruction(
     site: Site, place: tuple[str, tuple[str | int, ...]], value: str

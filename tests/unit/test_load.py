@@ -77,7 +77,13 @@ NO_NAMES = [
 @pytest.mark.parametrize("name", NO_NAMES)
 @pytest.mark.parametrize("option", ["base", "vendor", "with_layers", "without_layers"])
 def test_name_that_is_no_name_is_never_looked_up(site: Site, option: str, name: str) -> None:
-    site.write("etc/vendor.yaml", "summary: outside\n")
+    # What a lookup that trusted the name would find.
+    place = {"base": "base/{}/base.yaml", "vendor": "base/debian/{}/vendor.yaml"}.get(
+        option, "layers/{}/layer.yaml"
+    )
+    site.write(place.format("x"), "summary: x\n")
+    if name and "\0" not in name and not name.startswith("/"):
+        site.write(place.format(name), "summary: outside\n")
     value: object = [name] if option.endswith("layers") else name
     if name == "" and not option.endswith("layers"):
         return  # empty means: not given
