@@ -6,6 +6,8 @@ first missing node; nothing half-made ever has a name.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import shutil
 import time
@@ -89,11 +91,15 @@ def default_name(plan: Plan) -> str:
 
 def journal_name(plan: Plan, node: Node) -> str:
     """Where the journal keeps what a node of this selection was last built from."""
-    return f"{plan.selection.section.replace('/', '_')}-{node.name}"
+    name = f"{plan.selection.section.replace('/', '_')}-{node.name}"
+    if len(name) <= 200:
+        return name
+    return f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"  # what a file name may hold
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The inputs in which two builds of a node differ, in words."""
+    """The inputs in which two builds of a node differ, in words; `old` may be junk from a journal."""
+    old = {k: v for k, v in old.items() if isinstance(v, str)} if isinstance(old, Mapping) else {}
     found = []
     for name in sorted(old.keys() | new.keys()):
         if name not in old:
@@ -213,14 +219,21 @@ class _Builder:
             if item.node.kind != "kmod":
                 continue
             with self.report.step(item.node.name, "looking in the cache registry") as step:
+                # It gets its name when it was looked at: an image under its key counts as done.
+                pulled = f"{REPOSITORY}/pulled:{os.urandom(16).hex()}"
                 try:
                     images.copy(
                         f"docker://{self.cache_reference(item)}",
-                        f"containers-storage:{item.image}",
+                        f"containers-storage:{pulled}",
                         "--quiet",
                         *self._tls("src"),
                         attempts=2,
                     )
+                    found = images.labels(pulled).get(f"{LABEL_PREFIX}.key")
+                    if found != item.key:
+                        step.outcome = f"the cache holds something else under this key ({found}): not used"
+                        continue
+                    images.tag(pulled, str(item.image))
                 except ImgbuildError as error:
                     step.outcome = (
                         f"cache registry unreachable: {error.lines[-1][:160] if error.lines else error.what}"
@@ -228,11 +241,8 @@ class _Builder:
                         else "not in the cache"
                     )
                     continue
-                found = images.labels(str(item.image)).get(f"{LABEL_PREFIX}.key")
-                if found != item.key:
-                    images.remove([str(item.image)])
-                    step.outcome = f"the cache holds something else under this key ({found}): not used"
-                    continue
+                finally:
+                    images.remove([pulled])
                 step.outcome = "pulled from the cache"
             self.pulled.append(str(item.image))
             self.results[item.node.name] = NodeResult(
@@ -281,7 +291,7 @@ class _Builder:
         info = images.storage_info()
         root = Path(info["store"]["GraphRoot"])
         wanted = self._wanted(todo)
-        download = sum(w.size for w in wanted if not self.state.stored(w.sha256).is_file())
+        download = sum(w.size for w in wanted if not self.state.has(w.sha256))
         installed = sum(p.size for item in todo for p in item.packages)
         # Packages unpack to about three times their size; storage holds layer and working copy.
         disk = 3 * 2 * installed + download + sum(1_500_000_000 for i in todo if i.node.kind == "kmod")
@@ -319,7 +329,7 @@ class _Builder:
     def _expected_s(self, item: Rendered) -> float:
         """Seconds a node took last time, else what its definition or its packages let expect."""
         last = self.state.journal(journal_name(self.plan, item.node)).get("seconds")
-        if isinstance(last, int | float):
+        if isinstance(last, int | float) and math.isfinite(last) and 0 <= last < 1e6:
             return float(last)
         if item.node.kind == "kmod":
             return self.plan.selection.kmods[item.node.kmod][0].cpu_s / (os.cpu_count() or 1)
@@ -327,7 +337,10 @@ class _Builder:
 
     def _wanted(self, todo: Sequence[Rendered]) -> list[Wanted]:
         packages = [p for item in todo for p in item.packages]
-        absent = [p for p in packages if not self.state.stored(p.sha256).is_file()]
+        absent = [p for p in packages if not self.state.has(p.sha256)]
+        damaged = [p.name for p in absent if os.path.lexists(self.state.stored(p.sha256))]
+        if damaged:
+            self.report.say(f"warning: damaged in the store, fetched again: {', '.join(sorted(damaged))}")
         wanted: list[Wanted] = []
         if absent:
             wanted += wanted_packages(absent, locate(self.plan.selection, self.state))
@@ -369,7 +382,8 @@ class _Builder:
             self.report.step(item.node.name, item.node.summary) as step,
             self.state.lock(f"node-{item.key}") as waited,
         ):
-            if waited and item.image in images.by_name():
+            # It may have been made since we looked, whether or not we had to wait.
+            if (waited or not self.options.no_cache) and item.image in images.by_name():
                 step.outcome = "built by another imgbuild"
                 status: Status = "cached"
             else:
@@ -397,6 +411,9 @@ class _Builder:
             paths = {p.sha256: self.state.stored(p.sha256) for p in item.packages}
             if item.tarball:
                 paths[item.tarball[1]] = self.state.stored(item.tarball[1])
+            for sha256, path in paths.items():
+                if not self.state.has(sha256):
+                    raise ImgbuildError(f"`{path}` changed since it was verified", help="build again")
             write_context(item, context, paths)
             try:
                 if item.node.kind == "bootstrap":

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -163,7 +164,7 @@ def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
         return section
     stale = known.sections.get(selection.section)
     # What other images of the same base have is kept, so that they share nodes.
-    related = [s for name, s in known.sections.items() if name.startswith(f"{selection.base_name}/")]
+    related = [s for name, s in known.sections.items() if name.split("/")[0] == selection.base_name]
     keep = (stale or (related[0] if related else None)) and [
         p for s in ([stale] if stale else related) for p in s.packages()
     ]
@@ -175,7 +176,7 @@ def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
         trusted=lock.trusted_keys(known),
         allow_blocked=allow_blocked,
     )
-    lock.write(path, lock.Lockfile(sections={**known.sections, selection.section: section}))
+    lock.update(path, selection.section, section, run.state)
     why = "definitions changed since it was locked" if stale else "not locked before"
     run.report.say(f"wrote {_short(path)}: section {selection.section} ({why})")
     return section
@@ -244,14 +245,25 @@ def build(
     run = _Run(as_json, verbose, quiet)
     for name in (*tags, *([cache] if cache else [])):
         check_image_name(name)
+    if push_to:  # before the work, not after it
+        from imagebuild.publish import parse_destination
+
+        for destination in push_to:
+            parse_destination(destination)
     selection = run.selection(arguments)
+    cache = cache or selection.site.cache
+    if cache and ":" in cache.rsplit("/", 1)[-1]:
+        raise DefinitionError(
+            f"cache `{cache}` is no REGISTRY/REPOSITORY",
+            help="it takes no tag: each kmod image has one of its own",
+        )
     section = _locked(run, selection, allow_blocked)
     plan = make_plan(selection, section, allow_blocked=allow_blocked)
     _say_plan(run.report, plan)
     options = Options(
         jobs=jobs,
         no_cache=no_cache,
-        cache=cache or selection.site.cache,
+        cache=cache,
         tags=tuple(tags) or selection.site.tags or None,
     )
     result = build_images(plan, render_plan(plan), run.state, run.report, options)
@@ -402,13 +414,29 @@ def render(
 
 
 def _write_contexts(run: _Run, items: Sequence[Rendered], out: Path) -> list[str]:
+    """Contexts of all nodes in an empty folder; one that was begun does not stay."""
+    import shutil
+
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise DefinitionError(f"`{out}` is not empty", help="name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImgbuildError(f"cannot write `{out}`: {error.strerror}") from None
+    try:
+        return _fill_contexts(run, items, out)
+    except BaseException:
+        for item in items:
+            shutil.rmtree(out / item.node.name, ignore_errors=True)
+        raise
+
+
+def _fill_contexts(run: _Run, items: Sequence[Rendered], out: Path) -> list[str]:
     from imagebuild.images import build_command
     from imagebuild.render import LABEL_PREFIX, LAYER_TIME, write_context
     from imagebuild.run import pasteable
     from imagebuild.state import write_whole
 
-    if out.exists() and any(out.iterdir()):
-        raise DefinitionError(f"`{out}` is not empty", help="name a new folder")
     written = []
     commands = [
         "#!/bin/sh",
@@ -418,8 +446,9 @@ def _write_contexts(run: _Run, items: Sequence[Rendered], out: Path) -> list[str
     ]
     for item in items:
         folder = out / item.node.name
-        there = {p.sha256: run.state.stored(p.sha256) for p in item.packages}
-        write_context(item, folder, {sha: path for sha, path in there.items() if path.is_file()})
+        known = [p.sha256 for p in item.packages] + ([item.tarball[1]] if item.tarball else [])
+        there = {sha256: run.state.stored(sha256) for sha256 in known if run.state.has(sha256)}
+        write_context(item, folder, there)
         if item.node.kind == "bootstrap":
             commands.append(f"SOURCE_DATE_EPOCH={LAYER_TIME} sh {item.node.name}/bootstrap.sh")
         labels = {f"{LABEL_PREFIX}.key": item.key or "", f"{LABEL_PREFIX}.node": item.node.name}
@@ -534,7 +563,7 @@ def lock(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **argum
     section = locking.resolve(
         selection, run.state, run.report, trusted=locking.trusted_keys(known), allow_blocked=allow_blocked
     )
-    locking.write(path, locking.Lockfile(sections={**known.sections, selection.section: section}))
+    locking.update(path, selection.section, section, run.state)
     moved = locking.differences(before, section)
     run.print(
         {
@@ -815,6 +844,8 @@ def completion(shell: str) -> None:
 
 def show_error(error: ImgbuildError) -> str:
     """An error as people read it: what, where, the source line, help."""
+    from imagebuild.report import harmless
+
     lines = [f"error: {error.what}"]
     if error.where:
         lines.append(f"  --> {error.where}")
@@ -831,7 +862,7 @@ def show_error(error: ImgbuildError) -> str:
         lines += [f"      {line}" for line in rest]
     if isinstance(error, DefinitionError):
         lines += [show_error(other) for other in error.others]
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -843,10 +874,15 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     as_json = "--json" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that a terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
+        if as_json:
+            click.echo(json.dumps({"error": error.format_message(), "exit_code": error.exit_code}, indent=1))
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -856,10 +892,37 @@ def main() -> NoReturn:
         click.echo("interrupted; the next run goes on from the last finished node", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except ImgbuildError as error:
-        if as_json:
-            click.echo(json.dumps(error.as_dict(), indent=1))
-        click.echo(show_error(error), err=True)
-        sys.exit(error.exit_code)
+        _fail(error, as_json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:
+        # Disks fill up, folders vanish, rights are missing: at any place that touches a file.
+        _fail(_of_system(error), as_json)
+
+
+def _fail(error: ImgbuildError, as_json: bool) -> NoReturn:
+    if as_json:
+        try:
+            click.echo(json.dumps(error.as_dict(), indent=1))
+        except OSError:
+            _drop_output()
+    click.echo(show_error(error), err=True)
+    sys.exit(error.exit_code)
+
+
+def _drop_output() -> None:
+    """Let nothing more be written to stdout: it cannot take it, and Python would try again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _of_system(error: OSError) -> ImgbuildError:
+    """What the system refused, as an error of ours."""
+    try:
+        Path.cwd()
+    except OSError:
+        return DefinitionError("the current folder is gone", help="change to one that is there")
+    if error.filename is None:  # writing to a stream
+        _drop_output()
+    where = f" `{os.fsdecode(error.filename)}`" if isinstance(error.filename, str | bytes) else ""
+    return ImgbuildError(f"the system refuses{where}: {error.strerror or error}")

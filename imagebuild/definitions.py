@@ -47,7 +47,7 @@ KeyringPath = Annotated[str, _whole(r"/[A-Za-z0-9@%+=:,.~_/-]+")]
 """An absolute path that apt can take in a source line."""
 Pattern = Annotated[str, _whole(r"/[A-Za-z0-9._/*+-]+")]
 Uri = Annotated[str, _whole(r"(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
-UriTemplate = Annotated[str, Meta(pattern=r"^(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]{}-]+$")]
+UriTemplate = Annotated[str, _whole(r"(https?|file)://[A-Za-z0-9@%+=:,.~_/\[\]{}-]+")]
 """An URL in which `{version}` is filled in."""
 Key = Annotated[str, _whole(r"((https?|file)://)?(?!-)[A-Za-z0-9@%+=:,.~_/\[\]-]+")]
 ImageReference = Annotated[
@@ -188,7 +188,7 @@ class Kmod(Strict, frozen=True, kw_only=True):
     source: KmodSource
     build: Script
     """Shell lines run in the source folder; see $KERNEL_RELEASE, $JOBS and $DRIVER_VERSION."""
-    cpu_s: Annotated[int, Meta(ge=1)] = 120
+    cpu_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 120
     """CPU seconds a compile takes, about; only for telling people how long to wait."""
     build_packages: tuple[PackageSpec, ...] = ()
     """What this build needs beyond the base's toolchain and the kernel headers."""

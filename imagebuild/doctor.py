@@ -83,7 +83,7 @@ def _root() -> Item:
 
 def _python_apt() -> Item:
     there = Path("/usr/bin/python3").exists() and (
-        run(["/usr/bin/python3", "-c", "import apt_pkg"], check=False).returncode == 0
+        run(["/usr/bin/python3", "-I", "-c", "import apt_pkg"], check=False).returncode == 0
     )
     return Item("python-apt", there, True, "there" if there else "package python3-apt", "python3-apt")
 

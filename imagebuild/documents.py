@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -49,6 +50,11 @@ class Document:
     keys: Mapping[Path_, tuple[int, int, int]] = field(default_factory=dict)
     values: Mapping[Path_, tuple[int, int, int]] = field(default_factory=dict)
 
+    @cached_property
+    def lines(self) -> list[str]:
+        """The text, line by line."""
+        return self.text.splitlines()
+
     def locate(self, loc: Iterable[str | int], *, key: bool = False) -> Location:
         """The place of a field, or of the nearest thing around it that is in the file."""
         wanted = tuple(loc)
@@ -57,8 +63,7 @@ class Document:
             place = table.get(wanted[:length]) or self.values.get(wanted[:length])
             if place:
                 line, column, width = place
-                lines = self.text.splitlines()
-                source = lines[line - 1] if line <= len(lines) else ""
+                source = self.lines[line - 1] if line <= len(self.lines) else ""
                 return Location(self.shown, line, column, dotted(wanted), source, width)
         return Location(self.shown, 1, 1, dotted(wanted))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
 from imagebuild.run import Result, run
 from imagebuild.state import State, is_dead, owner
 
@@ -85,7 +86,7 @@ def inspect(name: str) -> dict[str, Any]:
     Raises:
         ImgbuildError: there is no such image in local storage.
     """
-    result = run(["buildah", "inspect", "--type", "image", name], check=False)
+    result = run(["buildah", "inspect", "--type", "image", "--", name], check=False)
     if result.returncode != 0:
         raise ImgbuildError(f"there is no image `{name}` in local storage", lines=result.tail)
     found: dict[str, Any] = json.loads(result.stdout)
@@ -129,12 +130,16 @@ def isolation(state: State) -> tuple[str, str]:
     """
     named = os.environ.get("BUILDAH_ISOLATION")
     if named:
+        if named not in ("oci", "rootless", "chroot"):
+            raise DefinitionError(f"$BUILDAH_ISOLATION is `{named}`", help="it takes oci, rootless or chroot")
         return named, "$BUILDAH_ISOLATION"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     version = ".".join(map(str, buildah_version()))
     known = state.journal("isolation")
     if known.get("boot") == boot and known.get("buildah") == version:
-        return known["isolation"], known["why"]
+        chosen, why = known.get("isolation"), known.get("why")
+        if chosen in ("oci", "chroot") and isinstance(why, str):
+            return chosen, why
     chosen, why = _try_isolation()
     state.remember("isolation", {"boot": boot, "buildah": version, "isolation": chosen, "why": why})
     return chosen, why
@@ -142,7 +147,7 @@ def isolation(state: State) -> tuple[str, str]:
 
 def _try_isolation() -> tuple[str, str]:
     name = f"{owner()}-probe"
-    run(["buildah", "from", "--name", name, "scratch"])
+    run(["buildah", "from", *_limits(), "--name", name, "scratch"])
     try:
         with tempfile.NamedTemporaryFile() as file:
             file.write(_TRUE_ELF)
@@ -215,10 +220,24 @@ def build_command(
     if isolation != "chroot":  # which has no network of its own to configure
         argv += ["--network", "none"]
     if mark:
-        argv += ["--add-host", f"{mark}:127.0.0.1"]
+        argv += ["--add-host", f"{mark}:127.0.0.1", *_limits()]
     for key, value in sorted(labels.items()):
         argv += ["--label", f"{key}={value}"]
     return [*argv, "--tag", name, "--file", f"{context}/Containerfile", str(context)]
+
+
+def _limits() -> list[str]:
+    """Limits no higher than this process's own: newer buildah asks for 1048576 files, which a container
+    without CAP_SYS_RESOURCE may not have."""
+    found = []
+    for name, kind, most in (
+        ("nofile", resource.RLIMIT_NOFILE, 1_048_576),
+        ("nproc", resource.RLIMIT_NPROC, 4_194_304),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        value = most if hard == resource.RLIM_INFINITY else min(hard, most)
+        found += ["--ulimit", f"{name}={value}:{value}"]
+    return found
 
 
 def sweep() -> list[str]:
@@ -242,10 +261,10 @@ def _is_left_over(container: Mapping[str, Any], root: Path) -> bool:
     for driver in root.glob("*-containers"):
         try:
             text = (driver / container["id"] / "userdata" / "buildah.json").read_text()
-            hosts = json.loads(text).get("CommonBuildOpts", {}).get("AddHost") or []
-        except (OSError, ValueError):
-            continue
-        return any(is_dead(host.split(":")[0]) for host in hosts)
+            hosts = json.loads(text)["CommonBuildOpts"]["AddHost"]
+            return any(is_dead(host.split(":")[0]) for host in hosts)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # of another program, or half-written
     return False
 
 

@@ -36,7 +36,7 @@ from imagebuild.errors import DefinitionError, Location
 T = TypeVar("T", bound=Strict)
 DEFAULT_BASE = "debian"
 SITE_FILE = "imgbuild.yaml"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def shipped() -> Path:
@@ -73,6 +73,7 @@ class Catalogue:
             for root in self.roots
             if root.joinpath(*parts).is_dir()
             for path in root.joinpath(*parts).glob(f"*/{marker}")
+            if _NAME.fullmatch(path.parent.name)
         }
         return sorted(found)
 
@@ -137,6 +138,8 @@ class Selection:
     @property
     def section(self) -> str:
         """Key of this selection in the lockfile: base × vendor × layer set."""
+        if self.tier == 1:
+            return self.base_name
         layers = [p.name for p in self.pieces if p.kind == "layer"]
         return "/".join([self.base_name, self.vendor_name, "+".join(sorted(layers)) or "-"])
 
@@ -147,11 +150,19 @@ class Selection:
 
     @property
     def repositories(self) -> tuple[tuple[Repository, Path], ...]:
-        """Every repository with the folder its key file is relative to, the base's first."""
+        """Every repository with its definition's folder, the base's first; raises DefinitionError."""
         found = [(repository, self.base_folder) for repository in self.base.repositories]
         for piece in self.pieces:
             found += [(repository, piece.folder) for repository in piece.part.repositories]
-        return tuple({repository.name: (repository, folder) for repository, folder in found}.values())
+        by_name: dict[str, tuple[Repository, Path]] = {}
+        for repository, folder in found:
+            known = by_name.setdefault(repository.name, (repository, folder))
+            if known[0] != repository:
+                raise DefinitionError(
+                    f"two definitions of repository `{repository.name}` differ",
+                    help=f"they are in {known[1]} and {folder}; give one of them another name",
+                )
+        return tuple(by_name.values())
 
     @property
     def notices(self) -> list[str]:
@@ -161,11 +172,17 @@ class Selection:
         return said + [f"layer {name} belongs to a higher tier: not in this image" for name in self.left_out]
 
 
+def _advice(name: str, known: Iterable[str]) -> str:
+    """What to do about a name nobody has; a folder may be there that is passed over for its name."""
+    form = "" if _NAME.fullmatch(name) else "a name has lower-case letters, digits and . _ -, at most 64\n"
+    return form + nearest(name, known)
+
+
 def load_base(catalogue: Catalogue, name: str) -> tuple[Base, Path]:
     """Load a base by name. Raises DefinitionError for an unknown one."""
     folder = catalogue.folder("base", name, "base.yaml")
     if folder is None:
-        raise DefinitionError(f"unknown base `{name}`", help=nearest(name, catalogue.bases()))
+        raise DefinitionError(f"unknown base `{name}`", help=_advice(name, catalogue.bases()))
     return catalogue.read(folder / "base.yaml", Base), folder
 
 
@@ -193,7 +210,7 @@ def load_vendor(catalogue: Catalogue, base: str, name: str) -> tuple[Vendor, Pat
     folder = catalogue.folder("base", base, name, "vendor.yaml")
     if folder is None:
         raise DefinitionError(
-            f"unknown vendor `{name}` for base `{base}`", help=nearest(name, catalogue.vendors(base))
+            f"unknown vendor `{name}` for base `{base}`", help=_advice(name, catalogue.vendors(base))
         )
     return catalogue.read(folder / "vendor.yaml", Vendor), folder
 
@@ -202,7 +219,7 @@ def load_layer(catalogue: Catalogue, name: str) -> tuple[Layer, Path]:
     """Load a layer by name. Raises DefinitionError for an unknown one."""
     folder = catalogue.folder("layers", name, "layer.yaml")
     if folder is None:
-        raise DefinitionError(f"unknown layer `{name}`", help=nearest(name, catalogue.layers()))
+        raise DefinitionError(f"unknown layer `{name}`", help=_advice(name, catalogue.layers()))
     path = folder / "layer.yaml"
     document = read_yaml(path, catalogue.shown(path))
     layer = parse(document, Layer, describe_pattern)
@@ -303,12 +320,19 @@ def _select_layers(
     return {name: chosen[name] for name in order}
 
 
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # Python before 3.13 has the second for links that go in circles
+        raise DefinitionError(f"`{path}` is a link that leads back to itself") from None
+
+
 def _override(kmod: Kmod, change: KmodOverride | None, site_folder: Path) -> Kmod:
     if change is None:
         return kmod
     source = change.source or kmod.source
     if change.source and change.source.directory:
-        place = (site_folder / change.source.directory).resolve()
+        place = _resolved(site_folder / change.source.directory)
         source = msgspec.structs.replace(change.source, directory=str(place))
     fresh = change.source is not None
     build_packages = kmod.build_packages if change.build_packages is None else change.build_packages
@@ -359,14 +383,14 @@ def load(
     """
     site, site_folder = load_site(site_file, folder or Path.cwd())
     catalogue = Catalogue.of(site_folder)
-    if base:
+    if base is not None:  # the empty text of a variable that nobody set is no base, not the default
         reason = "--base"
     elif site.base:
         base, reason = site.base, "site file"
     else:
         base, reason = DEFAULT_BASE, "default; no --base, no site file names one"
     found_base, base_folder = load_base(catalogue, base)
-    vendor = vendor or site.vendor or "none"
+    vendor = vendor if vendor is not None else site.vendor or "none"
     found_vendor, vendor_folder = load_vendor(catalogue, base, vendor)
     pieces: list[Piece] = []
     left_out: list[str] = []
@@ -462,5 +486,5 @@ def _directory(kmod: Kmod, folder: Path) -> Kmod:
     """A kmod whose source directory, if it has one, is absolute."""
     if kmod.source.directory is None:
         return kmod
-    place = str((folder / kmod.source.directory).resolve())
+    place = str(_resolved(folder / kmod.source.directory))
     return msgspec.structs.replace(kmod, source=msgspec.structs.replace(kmod.source, directory=place))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ class LockedPackage(msgspec.Struct, frozen=True, kw_only=True):
     arch: PackageName
     repository: PackageName
     path: PackagePath
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
     sha256: Sha256
 
 
@@ -137,6 +138,12 @@ def write(path: Path, lock: Lockfile) -> None:
     write_whole(path, dumps(lock))
 
 
+def update(path: Path, name: str, section: Section, state: State) -> None:
+    """Put one section into a lock; what another imgbuild wrote in the meantime is kept."""
+    with state.lock(f"lock-{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]}"):
+        write(path, Lockfile(sections={**read(path).sections, name: section}))
+
+
 def differences(old: Section | None, new: Section) -> list[str]:
     """What moved between two locks of one section, a line each; empty when nothing did."""
     if old is None:
@@ -166,7 +173,8 @@ def request_of(selection: Selection) -> str:
     """SHA-256 over everything in the definitions that decides what is locked."""
     asked: list[Any] = [
         selection.base_name,
-        selection.vendor_name,
+        selection.base.arch,
+        selection.vendor_name if selection.tier >= 2 else "",
         as_json(selection.base.tier1),
         as_json(selection.base.kernel),
         [as_json(repository) for repository, _ in selection.repositories],
@@ -187,11 +195,32 @@ def trusted_keys(lock: Lockfile) -> dict[str, str]:
 
 
 def section_of(lock: Lockfile, selection: Selection) -> Section | None:
-    """The lock's section for a selection, None if there is none or if it is stale."""
+    """The lock's section for a selection, None if there is none or if it is stale.
+
+    Raises:
+        DefinitionError: the section lacks packages: somebody changed it by hand, or a merge did.
+    """
     section = lock.sections.get(selection.section)
     if section is None or section.request != request_of(selection):
         return None
-    return section if section.kmods.keys() == selection.kmods.keys() else None
+    if section.kmods.keys() != selection.kmods.keys():
+        return None
+    needed = ["tier1"] if selection.base.tier1.bootstrap else []
+    if selection.tier >= 2:
+        needed += ["kernel"] if selection.base.kernel.packages else []
+        needed += [t["name"] for t in _transactions(selection, section.kernel_release)]
+    absent = [name for name in needed if name not in section.transactions]
+    absent += [
+        f"the source of {name}"
+        for name, (kmod, _) in selection.kmods.items()
+        if kmod.source.package and section.kmods[name].source is None
+    ]
+    if absent:
+        raise DefinitionError(
+            f"section `{selection.section}` of the lock lacks packages: {', '.join(absent)}",
+            help="`imgbuild lock` writes it anew",
+        )
+    return section
 
 
 def precheck(selection: Selection, *, allow_blocked: bool = False) -> None:
@@ -361,7 +390,7 @@ def _lock_with_apt(
             package = None
             version, epoch = kmod.version or "", ""
             if name in sources:
-                package = LockedPackage(**second["candidates"][sources[name]])
+                package = _package(second["candidates"][sources[name]])
                 epoch, version = upstream_version(package.version)
             kmods[name] = LockedKmod(version=version, epoch=epoch, source=package)
         check_verdicts(
@@ -375,7 +404,7 @@ def _lock_with_apt(
             | {"transactions": [*base_transactions, *_transactions(selection, release)], "candidates": []}
         )
     transactions = {
-        name: tuple(LockedPackage(**package) for package in packages)
+        name: tuple(_package(package) for package in packages)
         for name, packages in third["transactions"].items()
     }
     _check_same_version(selection, kmods, transactions)
@@ -384,8 +413,28 @@ def _lock_with_apt(
     )
 
 
+def _package(data: Mapping[str, Any]) -> LockedPackage:
+    """A package as a repository describes it: what it says ends in file names and commands."""
+    try:
+        return msgspec.convert(data, LockedPackage)
+    except msgspec.ValidationError as error:
+        raise ImgbuildError(
+            f"repository `{data.get('repository')}` describes package {str(data.get('name'))!r} in a way"
+            f" that is refused: {error}"
+        ) from None
+
+
 def apt_sources(location: Location, arch: str) -> list[str]:
-    """sources.list(5) lines of one repository."""
+    """sources.list(5) lines of one repository.
+
+    Raises:
+        DefinitionError: apt has no way to write the path of the key.
+    """
+    if re.search(r"[\s,\[\]]", str(location.key or "")):
+        raise DefinitionError(
+            f"apt cannot take a key from `{location.key}`",
+            help="the state folder ($IMGBUILD_STATE_DIR) needs a path without spaces, commas and brackets",
+        )
     options = f"arch={arch}" + (f" signed-by={location.key}" if location.key else "")
     components = " ".join(location.repository.components)
     # Without components a suite is the path of a flat repository, which ends in a slash.
@@ -397,13 +446,14 @@ def apt_sources(location: Location, arch: str) -> list[str]:
 
 def _ask_apt(question: Mapping[str, Any]) -> dict[str, Any]:
     script = Path(__file__).parent / "installers" / "apt" / "solve.py"
-    python = "/usr/bin/python3"
-    probe = run([python, "-c", "import apt_pkg"], check=False)
+    # -I: no module of the current folder or of $PYTHONPATH gets in.
+    python = ["/usr/bin/python3", "-I"]
+    probe = run([*python, "-c", "import apt_pkg"], check=False)
     if probe.returncode != 0:
         raise UnavailableError(
             "python-apt is not installed", help="install it: apt-get install -y python3-apt"
         )
-    result = run([python, str(script)], stdin=json.dumps(question), check=False)
+    result = run([*python, str(script)], stdin=json.dumps(question), check=False)
     try:
         answer: dict[str, Any] = json.loads(result.stdout)
     except ValueError:

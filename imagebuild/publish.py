@@ -32,9 +32,9 @@ OCI = "org.opencontainers.image"
 MOVING_TAGS = frozenset({"latest", "stable", "testing", "edge", "main", "nightly"})
 
 # distribution/reference: host, path components, tag.
-_HOST = re.compile(r"^(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?$")
-_PATH = re.compile(r"^[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*$")
-_TAG = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
+_HOST = re.compile(r"^(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?\Z")
+_PATH = re.compile(r"^[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*\Z")
+_TAG = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
 _HEX = re.compile(r"^[0-9a-f]{12,}$")
 
 _AUTH = re.compile(
@@ -252,13 +252,13 @@ def site_revision(folder: Path) -> str:
 
     `-dirty` is added when tracked files below the folder differ from that revision.
     """
+    # Nothing is written, and no program started that a repository's own configuration names.
+    git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder)]
     try:
-        head = run(["git", "-C", folder, "rev-parse", "HEAD"], check=False)
+        head = run([*git, "rev-parse", "HEAD"], check=False)
         if head.returncode != 0:
             return ""
-        changed = run(
-            ["git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", "."], check=False
-        )
+        changed = run([*git, "status", "--porcelain", "--untracked-files=no", "--", "."], check=False)
     except UnavailableError:
         return ""
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

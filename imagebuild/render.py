@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -304,7 +305,14 @@ def _bootstrap_script(selection: Selection) -> str:
     assert bootstrap is not None
     template = _INSTALLERS / selection.base.package_manager / "bootstrap.sh.j2"
     return str(
-        _environment().get_template(str(template)).render(bootstrap=bootstrap, arch=selection.base.arch)
+        _environment()
+        .get_template(str(template))
+        .render(
+            bootstrap=bootstrap,
+            # Only the locked packages are there, so a version asked for needs no repeating.
+            names=[re.split(r"[ =<>]", spec)[0] for spec in bootstrap.packages],
+            arch=selection.base.arch,
+        )
     )
 
 
@@ -348,6 +356,8 @@ def _tree_context(plan: Plan) -> Iterator[ContextFile]:
         if folder.is_dir():
             for file in _walk(folder, "files"):
                 if file.path.endswith(".j2") and file.link is None:
+                    if file.path.endswith("/.j2"):
+                        raise DefinitionError(f"`{file.source}` has no name without its suffix")
                     file = _rendered_file(plan, file)
                 merged[file.path] = file
     for file in _kargs(selection):
@@ -362,12 +372,23 @@ def _tree_context(plan: Plan) -> Iterator[ContextFile]:
     yield from merged.values()
 
 
+@cache
+def _sandbox() -> Any:
+    """For templates in files/: without a way to other files of this machine, or into Python."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters |= {"sh": shell_quote, "label": label_quote}
+    return sandbox
+
+
 def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
     assert file.source is not None
     try:
         text = (
-            _environment()
-            .get_template(str(file.source))
+            _sandbox()
+            .from_string(file.source.read_text(encoding="utf-8"))
             .render(
                 kernel_release=plan.kernel_release,
                 base=plan.selection.base_name,
@@ -425,6 +446,8 @@ def _walk(root: Path, prefix: str, *, keep_modes: bool = False) -> Iterator[Cont
                 raise DefinitionError(
                     f"a file name below `{root}` has a control character or is not UTF-8: {within!r}"
                 )
+            if not keep_modes and any(part.startswith(".wh.") for part in path.relative_to(root).parts):
+                raise DefinitionError(f"`{path}`: in an image, `.wh.` in front of a name deletes that name")
             if path.is_symlink():
                 link = str(path.readlink())
                 yield ContextFile(target, 0o777, hashlib.sha256(link.encode()).hexdigest(), link=link)

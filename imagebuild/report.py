@@ -6,6 +6,7 @@ step prints when it starts and when it ends. With `--json` all of it goes to std
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -30,6 +31,14 @@ def size(value: float) -> str:
     raise AssertionError("unreachable")
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """Text of others as a terminal may get it: control characters, line ends aside, become `?`."""
+    return _CONTROL.sub("?", text)
+
+
 class Step:
     """One running step; `line` takes its output."""
 
@@ -43,6 +52,8 @@ class Step:
 
     def line(self, text: str) -> None:
         """Take one line of output: the live display shows the last one, `-v` shows all."""
+        # Without colours, and of a line that was written over (a progress bar) the last state.
+        text = harmless(re.sub("\x1b\\[[0-9;]*[mK]", "", text).rstrip("\r").rsplit("\r", 1)[-1])
         self.last = text
         if self._verbose:
             print(f"  {self.name} | {text}", file=self._verbose, flush=True)
@@ -69,9 +80,10 @@ class Report:
         """One line for the person who reads along."""
         if self.quiet:
             return
+        text = harmless(text)
         with self._lock:
             if self._live is not None:
-                self._live.console.print(text, markup=False, highlight=False)
+                self._live.console.print(text, markup=False, highlight=False, emoji=False)
             else:
                 print(text, file=self.stream, flush=True)
 
@@ -119,6 +131,7 @@ class Report:
 
     def _table(self) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table.grid(padding=(0, 2))
         width = max((len(step.name) for step in list(self._steps)), default=1)
@@ -126,5 +139,6 @@ class Report:
         table.add_column(no_wrap=True, min_width=7, justify="right")
         table.add_column(no_wrap=True, overflow="ellipsis")
         for step in list(self._steps):
-            table.add_row(step.name, seconds(step.elapsed_s), step.last or step.detail)
+            # As text: what a compiler writes in brackets is no markup.
+            table.add_row(step.name, seconds(step.elapsed_s), Text(step.last or step.detail))
         return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +16,13 @@ from urllib.parse import unquote, urlsplit
 from imagebuild.definitions import Mirror, MirrorMap, Repository
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
 from imagebuild.load import Selection
-from imagebuild.run import run
-from imagebuild.state import State, sha256_of
+from imagebuild.run import MASK, run
+from imagebuild.state import State, sha256_of, write_whole
 
 PARALLEL_DOWNLOADS = 8
+LONGEST_WAIT_S = 30
+"""Whatever a server asks for in Retry-After."""
+LARGEST_KEY = 1_000_000
 TEMPLATES = Path("/usr/share/python-apt/templates")
 
 
@@ -77,7 +82,7 @@ def locate(selection: Selection, state: State) -> dict[str, Location]:
     """Find every repository: mirror map, definition, the host's own apt, python-apt's default.
 
     Raises:
-        DefinitionError: the mirror map names a repository nobody has.
+        DefinitionError: a repository's key file is not there.
         UnavailableError: a repository's place or key cannot be told.
     """
     mirrors = selection.mirrors
@@ -117,14 +122,28 @@ def _key(key: str, folder: Path, name: str, state: State) -> Path:
     if key.startswith(("http://", "https://", "file://")):
         place = state.root / "keys" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.asc"
         place.parent.mkdir(parents=True, exist_ok=True)
-        _get(key, place, f"the key of repository `{name}`")
+        # Another imgbuild may be reading the old one.
+        part = place.with_name(f".{place.name}.{os.urandom(8).hex()}.part")
+        try:
+            _get(key, part, f"the key of repository `{name}`", limit=LARGEST_KEY)
+            if part.stat().st_size > LARGEST_KEY:
+                raise ImgbuildError(f"the key of repository `{name}` is no key: {shown(key)} is too long")
+            part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
         return place
-    path = (folder / key).resolve()
+    path = (folder / key).absolute()
     if not path.is_file():
         raise DefinitionError(
             f"there is no key file `{key}` for repository `{name}`", help=f"looked for {path}"
         )
-    return path
+    if re.fullmatch(r"[A-Za-z0-9@+=:.~_/-]+", str(path)):
+        return path
+    # A source line of apt has no way to write a space or a comma in a path.
+    kind = "asc" if path.suffix == ".asc" else "gpg"
+    copy = state.root / "keys" / f"{name}-{sha256_of(path)[:16]}.{kind}"
+    write_whole(copy, path.read_bytes())
+    return copy
 
 
 def registry_reference(reference: str, mirrors: MirrorMap) -> tuple[str, bool]:
@@ -141,8 +160,13 @@ def _session() -> Any:
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
 
+    class _Retry(Retry):
+        def get_retry_after(self, response: Any) -> float | None:
+            asked = super().get_retry_after(response)
+            return None if asked is None else min(asked, LONGEST_WAIT_S)
+
     session = requests.Session()
-    retry = Retry(
+    retry = _Retry(
         total=4,
         backoff_factor=0.5,
         status_forcelist=(429, 500, 502, 503, 504),
@@ -154,29 +178,44 @@ def _session() -> Any:
     return session
 
 
-def _get(uri: str, place: Path, what: str, session: Any = None) -> None:
-    """Fetch one file. Raises UnavailableError (server) or ImgbuildError (it is not there)."""
+def shown(uri: str) -> str:
+    """A location as messages may have it: without user and password."""
+    return re.sub(r"//[^/@]*@", f"//{MASK}@", uri)
+
+
+def _get(uri: str, place: Path, what: str, session: Any = None, limit: int = 0) -> None:
+    """Fetch one file; of one that is longer than `limit` bytes only a bit more (0: any length).
+
+    Raises UnavailableError (server) or ImgbuildError (it is not there).
+    """
+    safe = shown(uri)
     if uri.startswith("file://"):
         source = Path(unquote(urlsplit(uri).path))
-        if not source.is_file():
-            raise ImgbuildError(f"{what} is not at {uri}")
-        shutil.copyfile(source, place)
+        try:
+            if not source.is_file():
+                raise ImgbuildError(f"{what} is not at {safe}")
+            shutil.copyfile(source, place)
+        except OSError as error:
+            raise ImgbuildError(f"cannot copy {what} from {safe} to `{place}`: {error.strerror}") from None
         return
     import requests
 
     try:
         with (session or _session()).get(uri, stream=True, timeout=(15, 60)) as response:
             if response.status_code in (403, 404, 410):
-                raise ImgbuildError(f"{what} is not at {uri} (HTTP {response.status_code})")
+                raise ImgbuildError(f"{what} is not at {safe} (HTTP {response.status_code})")
             if response.status_code != 200:
-                raise UnavailableError(f"{what}: {uri} answers HTTP {response.status_code}")
+                raise UnavailableError(f"{what}: {safe} answers HTTP {response.status_code}")
             with place.open("wb") as file:
                 for chunk in response.iter_content(1 << 20):
                     file.write(chunk)
+                    if limit and file.tell() > limit:
+                        break  # it cannot be right any more, and shall not fill the disk
     except (requests.RequestException, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
             raise ImgbuildError(f"cannot write {what} to `{place}`: {error.strerror}") from None
-        raise UnavailableError(f"{what} cannot be fetched from {uri}", lines=[str(error)[:300]]) from None
+        lines = [shown(str(error))[:300]]
+        raise UnavailableError(f"{what} cannot be fetched from {safe}", lines=lines) from None
 
 
 def fetch(
@@ -191,7 +230,7 @@ def fetch(
         UnavailableError: a server cannot be reached.
         ImgbuildError: a file is gone, or is not what the lock says.
     """
-    missing = list({w.sha256: w for w in wanted if not state.stored(w.sha256).is_file()}.values())
+    missing = list({w.sha256: w for w in wanted if not state.has(w.sha256)}.values())
     if not missing:
         return 0, 0
     session = _session()
@@ -200,7 +239,7 @@ def fetch(
         def one(item: Wanted) -> int:
             part = folder / item.sha256
             try:
-                _get(item.uri, part, item.what, session)
+                _get(item.uri, part, item.what, session, item.size)
             except ImgbuildError as error:
                 if type(error) is ImgbuildError and not error.help:
                     error.help = (
@@ -210,7 +249,7 @@ def fetch(
             got = part.stat().st_size
             if sha256_of(part) != item.sha256:
                 raise ImgbuildError(
-                    f"{item.what} from {item.uri} has the wrong SHA-256",
+                    f"{item.what} from {shown(item.uri)} has the wrong SHA-256",
                     lines=[f"expected {item.sha256}", f"found    {sha256_of(part)} ({got} bytes)"],
                     help="the mirror changed the file, or something on the way did: nothing of it is used",
                 )

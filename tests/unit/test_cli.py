@@ -65,7 +65,9 @@ def test_help_has_a_summary_and_an_example_that_parses(imgbuild: Imgbuild, comma
         words = line.split(" > ")[0].split()[1:]
         name = words[0]
         assert name == command or not command
-        cli.cli.commands[name].make_context(name, words[1:], parent=click.Context(cli.cli))
+        cli.cli.commands[name].make_context(
+            name, words[1:], parent=click.Context(cli.cli, **cli.cli.context_settings)
+        )
 
 
 def test_help_names_every_exit_code(imgbuild: Imgbuild) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from conftest import Outcome, Site
@@ -326,8 +328,10 @@ def test_render_out_writes_every_context_and_a_script_that_builds_them(
 ) -> None:
     selection = site.load("debian", "nvidia")
     section = synthetic_section(selection)
+    digest = hashlib.sha256(b"bytes").hexdigest()
+    package = msgspec.structs.replace(section.transactions["tier2"][0], sha256=digest)
+    section.transactions["tier2"] = (package, *section.transactions["tier2"][1:])
     write(lock_path(selection), Lockfile(sections={selection.section: section}))
-    package = section.transactions["tier2"][0]
     stored = tmp_path / "state/store" / package.sha256[:2] / package.sha256
     stored.parent.mkdir(parents=True)
     stored.write_text("bytes")

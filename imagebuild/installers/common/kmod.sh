@@ -35,7 +35,11 @@ KBUILD_BUILD_TIMESTAMP="@${SOURCE_DATE_EPOCH:-0}"
 export KBUILD_BUILD_TIMESTAMP
 say "compiling $DRIVER $DRIVER_VERSION for $KERNEL_RELEASE with $JOBS jobs"
 started=$(date +%s.%N)
-{ sh -eu /run/imgbuild/kmod/build.sh 2>&1; echo $? > /tmp/build.rc; } | tee /tmp/build.log
+{
+    code=0
+    sh -eu /run/imgbuild/kmod/build.sh 2>&1 || code=$?
+    echo "$code" > /tmp/build.rc
+} | tee /tmp/build.log
 [ "$(cat /tmp/build.rc)" = 0 ] || {
     grep -E 'error:|Error [0-9]|undefined!|fatal:' /tmp/build.log | head -n 12 || true
     die "$DRIVER $DRIVER_VERSION does not compile for kernel $KERNEL_RELEASE"
