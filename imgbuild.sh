@@ -51,7 +51,7 @@ missing() {
 # find_python: a Python that is new enough and can make virtual environments.
 find_python() {
     for python in python3 /usr/bin/python3; do
-        if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        if "$python" -I -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
             echo "$python"
             return
         fi

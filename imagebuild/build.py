@@ -380,7 +380,7 @@ class _Builder:
         assert item.key is not None and item.image is not None
         with (
             self.report.step(item.node.name, item.node.summary) as step,
-            self.state.lock(f"node-{item.key}") as waited,
+            self.state.lock(f"node-{item.key}", lambda text: self._waits(step, text)) as waited,
         ):
             # It may have been made since we looked, whether or not we had to wait.
             if (waited or not self.options.no_cache) and item.image in images.by_name():
@@ -398,6 +398,10 @@ class _Builder:
                 journal_name(self.plan, item.node),
                 {"key": item.key, "inputs": dict(item.inputs), "seconds": round(step.elapsed_s, 1)},
             )
+
+    def _waits(self, step: Step, text: str) -> None:
+        step.line(text)
+        self.report.say(f"{step.name}: {text}")
 
     def _build(self, item: Rendered, step: Step) -> None:
         assert item.key is not None and item.image is not None

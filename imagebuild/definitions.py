@@ -211,7 +211,7 @@ class KmodOverride(Strict, frozen=True, kw_only=True):
     """Driver version; needed when `source` is a tarball or a directory."""
     source: KmodSource | None = None
     """Where the source comes from instead."""
-    build: str | None = None
+    build: Script | None = None
     """Other shell lines that build it."""
     build_packages: tuple[PackageSpec, ...] | None = None
     """What this build needs beyond the base's toolchain and the kernel headers."""

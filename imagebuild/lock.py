@@ -369,7 +369,7 @@ def _lock_with_apt(
         },
         {"name": "kernel", "after": ["tier1"], "install": list(selection.base.kernel.packages)},
     ]
-    with state.lock(f"apt-{folder.name}"):
+    with state.lock(f"apt-{folder.name}", on_line):
         on_line("tier 1 and kernel")
         # The kernel release, and the verdict on it, before anything of a vendor is asked for.
         own = [line for name in base_names for line in apt_sources(locations[name], selection.base.arch)]

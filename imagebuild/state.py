@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -187,8 +187,11 @@ class State:
         write_whole(self.root / "journal" / f"{name}.json", json.dumps(data, indent=1, sort_keys=True))
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[bool]:
-        """Hold the lock `name`; yields True if another process held it first and was waited for."""
+    def lock(self, name: str, on_wait: Callable[[str], None] = lambda _: None) -> Iterator[bool]:
+        """Hold the lock `name`; yields True if another process held it first and was waited for.
+
+        `on_wait` is told so before the waiting begins.
+        """
         from filelock import FileLock, Timeout
 
         folder = self.root / "locks"
@@ -199,6 +202,7 @@ class State:
             lock.acquire(timeout=0)
         except Timeout:
             waited = True
+            on_wait("waiting: another imgbuild is at it")
             lock.acquire()
         try:
             yield waited

@@ -232,6 +232,7 @@ def test_two_builds_of_one_key_at_once_both_succeed(toy: Site) -> None:
     assert first.returncode == second.returncode == 0, [err[-2000:] for _, err in outs]
     results = [json.loads(out) for out, _ in outs]
     assert results[0]["digest"] == results[1]["digest"]
+    assert sum("kmod-toy: waiting: another imgbuild is at it" in err for _, err in outs) == 1
     assert sorted(toy.nodes(r)["kmod-toy"] for r in results) in (["built", "cached"], ["built", "not needed"])
 
 

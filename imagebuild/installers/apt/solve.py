@@ -101,6 +101,10 @@ class Solver:
             if file.not_source:
                 continue
             self.records.lookup((file, index))
+            sha256 = self.records.hashes.find("sha256")
+            if sha256 is None:
+                what = f"{version.parent_pkg.name} {version.ver_str} has no SHA-256 in its repository"
+                raise SolveError("unresolvable", what)
             uri = self.sources.find_index(file).archive_uri(self.records.filename)
             for name, base in self.question["repositories"].items():
                 base = re.sub(r"^file:/+", "file:/", base.rstrip("/")) + "/"  # as apt writes it
@@ -112,7 +116,7 @@ class Solver:
                         "repository": name,
                         "path": uri[len(base) :],
                         "size": version.size,
-                        "sha256": self.records.hashes.find("sha256").hashvalue.lower(),
+                        "sha256": sha256.hashvalue.lower(),
                     }
         raise SolveError("unresolvable", f"{version.parent_pkg.name} {version.ver_str} is in no repository")
 

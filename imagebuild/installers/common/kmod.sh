@@ -65,9 +65,10 @@ for module in $MODULES; do
 done
 doc=$root/usr/share/doc/$PACKAGE
 mkdir -p "$doc"
+cd "$work"
 for licence in $LICENCES; do
-    [ -f "$work/$licence" ] || die "the source of $DRIVER has no licence file $licence"
-    cp "$work/$licence" "$doc/"
+    [ -f "$licence" ] || die "the source of $DRIVER has no licence file $licence"
+    cp "$licence" "$doc/"
 done
 find "$root" -exec touch --no-dereference --date="@${SOURCE_DATE_EPOCH:-0}" {} +
 say "packing $PACKAGE"

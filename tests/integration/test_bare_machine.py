@@ -1,4 +1,4 @@
-"""The same build under Debian 13's newer buildah and Python, in a chroot of its own."""
+"""A bare Debian 12 and 13 (git and Python, nothing else), in a chroot: install, build, check, build again."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from .workshop import TOY, TOY_BUILD
 
 pytestmark = pytest.mark.full
 REPOSITORY = Path(__file__).parents[2]
+BUILDAH = {"bookworm": (1, 28), "trixie": (1, 39)}
+"""Suites, and the buildah each has at least."""
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
-@pytest.fixture
-def trixie(tmp_path: Path, storage: Storage) -> Iterator[Path]:
-    """A Debian 13 root with the repository and the toy site in it, /proc, /sys and /dev mounted."""
-    root = tmp_path / "trixie"
+@pytest.fixture(params=sorted(BUILDAH))
+def machine(request: pytest.FixtureRequest, tmp_path: Path, storage: Storage) -> Iterator[Path]:
+    """A root of that suite with the repository and the toy site in it, /proc, /sys and /dev mounted."""
+    suite = request.param
+    root = tmp_path / suite
     known = host_locations()
     sources = [
-        f"deb [signed-by={KEYRING}] {known['Debian']} trixie main",
-        f"deb [signed-by={KEYRING}] {known['Debian-Security']} trixie-security main",
+        f"deb [signed-by={KEYRING}] {known['Debian']} {suite} main",
+        f"deb [signed-by={KEYRING}] {known['Debian-Security']} {suite}-security main",
     ]
     subprocess.run(
         ["mmdebstrap", "--mode=root", "--quiet", "--variant=minbase", "--include=ca-certificates,git,python3",
-         "trixie", str(root), *sources],
+         suite, str(root), *sources],
         check=True, capture_output=True,
     )  # fmt: skip
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__")
@@ -73,15 +76,15 @@ def inside(root: Path, script: str) -> str:
     return ran.stdout + ran.stderr
 
 
-def test_bare_debian_13_builds_and_checks_the_toy_image(trixie: Path) -> None:
+def test_bare_machine_builds_and_checks_the_toy_image(machine: Path) -> None:
     build = f"cd /site && /imgbuild/imgbuild.sh build {' '.join(TOY_BUILD)}"
-    said = inside(trixie, build)  # installs buildah, mmdebstrap and all else first
+    said = inside(machine, build)  # installs buildah, mmdebstrap and all else first
     assert "kmod-toy: done" in said
-    version = inside(trixie, "buildah --version")
-    assert tuple(map(int, re.findall(r"(\d+)\.(\d+)", version)[0])) >= (1, 39)
+    version = inside(machine, "buildah --version")
+    assert tuple(map(int, re.findall(r"(\d+)\.(\d+)", version)[0])) >= BUILDAH[machine.name]
     digest = re.findall(r"digest +(\S+)", said)[0]
-    assert "nothing to do" in inside(trixie, build)
-    inside(trixie, "/imgbuild/imgbuild.sh check localhost/imgbuild/debian-toy:tier2")
+    assert "nothing to do" in inside(machine, build)
+    inside(machine, "/imgbuild/imgbuild.sh check localhost/imgbuild/debian-toy:tier2")
     # The same key, built again, is the same image.
-    again = inside(trixie, f"{build} --no-cache")
+    again = inside(machine, f"{build} --no-cache")
     assert re.findall(r"digest +(\S+)", again)[0] == digest
