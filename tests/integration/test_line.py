@@ -177,3 +177,12 @@ def test_render_out_writes_contexts_that_build(nvidia: Site, tmp_path: Path) -> 
     tier2 = [line for line in script.splitlines() if line.endswith(" tier2")]
     done = subprocess.run(["sh", "-c", tier2[0]], cwd=out, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.full
+def test_nvidia_compiled_again_is_the_same_bit_for_bit(nvidia: Site, result: dict[str, str]) -> None:
+    nodes = {node["name"]: node for node in json.loads((nvidia.folder / "first.json").read_text())["nodes"]}
+    images.remove([result["image"], *result["tags"], nodes["kmod-nvidia"]["image"]])
+    again = nvidia.build(*NVIDIA)
+    assert nvidia.nodes(again)["kmod-nvidia"] == nvidia.nodes(again)["tier2"] == "built"
+    assert again["digest"] == result["digest"]
