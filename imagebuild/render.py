@@ -13,6 +13,7 @@ import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -487,6 +488,10 @@ def write_context(rendered: Rendered, folder: Path, packages: Mapping[str, Path]
     if rendered.tarball and rendered.tarball[1] in packages:
         name = rendered.tarball[0].rsplit("/", 1)[-1]
         _place(packages[rendered.tarball[1]], folder / "source" / name)
+    # Newer buildah writes a digest of what a step mounts, times included, into the image's history.
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a stored file of another user, linked: `render --out` without root
+            os.utime(path, (LAYER_TIME, LAYER_TIME), follow_symlinks=False)
 
 
 def _bytes(file: ContextFile) -> bytes:

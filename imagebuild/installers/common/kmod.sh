@@ -27,6 +27,8 @@ for patch in /run/imgbuild/kmod/patches/*.patch; do
     cat /tmp/patch.log
 done
 
+# Package tools take it for every time they write, those in the archive's own headers included.
+export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-0}"
 JOBS=$(nproc)
 export JOBS KERNEL_RELEASE DRIVER_VERSION
 # The same bytes from the same source, whoever builds and when (reproducible-builds.org, kbuild docs).
