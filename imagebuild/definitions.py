@@ -77,6 +77,14 @@ Range = Annotated[
 ]
 """Comma-separated bounds that all must hold, such as `>=6.12.97, <6.13`."""
 
+KernelChoice = Annotated[
+    str,
+    _whole(
+        r" *(<=|>=|<|>|=|!=)? *[0-9][A-Za-z0-9+.:~_-]*( *, *(<=|>=|<|>|=|!=) *[0-9][A-Za-z0-9+.:~_-]*)* *"
+        r"|[A-Za-z][A-Za-z0-9+._-]*"
+    ),
+]
+"""A kernel version or release, a range of them, or the name of a kernel package."""
 # What a lock is made of: it comes from a file too, and ends in commands and file names.
 PackageName = Annotated[str, _whole(r"[A-Za-z0-9][A-Za-z0-9+._:-]*")]
 PackageVersion = Annotated[str, _whole(r"[A-Za-z0-9][A-Za-z0-9+.:~^_-]*")]
@@ -87,6 +95,8 @@ PackagePath = Annotated[
 KernelRelease = Annotated[str, _whole(r"[0-9][A-Za-z0-9+._~-]*")]
 ImageDigest = Annotated[str, _whole(r"(sha256:[0-9a-f]{64})?")]
 Epoch = Annotated[str, _whole(r"[0-9]*")]
+InnerPath = Annotated[str, _whole(r"/((?!\.\./)[A-Za-z0-9@%+=:,.~_-]+/)*(?!\.\.?$)[A-Za-z0-9@%+=:,.~_-]+")]
+"""An absolute path inside an image."""
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -107,6 +117,8 @@ class Repository(Strict, frozen=True, kw_only=True):
     """Keyring file on the machine that builds."""
     key: Key | None = None
     """OpenPGP key: an URL, or a file beside the definition. Its SHA-256 is locked."""
+    signed: Annotated[tuple[Literal["metadata", "packages"], ...], Meta(min_length=1)] = ("packages",)
+    """What the key of a dnf repository signs, and so what is verified."""
 
 
 class Bootstrap(Strict, frozen=True, kw_only=True):
@@ -139,12 +151,22 @@ class Kernel(Strict, frozen=True, kw_only=True):
     """Kernel releases this base can have at all; lets compat rules answer before any network."""
     packages: tuple[PackageSpec, ...] = ()
     """What installs the kernel; empty where the base image carries it."""
-    release_from: PackageSpec | None = None
-    """Name of the package that carries the kernel release, with `{release}` in its place."""
+    release_from: PackageSpec
+    """What tells a kernel's release: the name of its package, or a capability of it, with `{release}`."""
+    releases: Line
+    """Which releases are of the stock flavour: a regular expression for the whole release."""
+    replace: tuple[PackageSpec, ...] = ()
+    """What installs another kernel than the stock one; `{release}` is filled in."""
     headers: tuple[PackageSpec, ...]
     """What modules are compiled against; `{release}` is filled in."""
     image_package: PackageSpec
     """What a kmod package depends on, so that it never outlives its kernel."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.releases)
+        except re.error as error:
+            raise ValueError(f"`releases` is no regular expression: {error}") from None
 
 
 class KmodSource(Strict, frozen=True, kw_only=True):
@@ -179,6 +201,15 @@ class KmodPackage(Strict, frozen=True, kw_only=True):
     conflicts: tuple[Name, ...] = ()
 
 
+class KmodCore(Strict, frozen=True, kw_only=True):
+    """The part of a driver that no kernel has a say in: compiled once per driver and compiler."""
+
+    build: Script
+    """Shell lines run in the source folder, without kernel headers; see $JOBS and $DRIVER_VERSION."""
+    outputs: dict[RelativePath, RelativePath]
+    """What of it is kept → where it lies before the modules are built; both below the source folder."""
+
+
 class Kmod(Strict, frozen=True, kw_only=True):
     """One out-of-tree driver: source, how it is built, what it leaves behind."""
 
@@ -190,6 +221,7 @@ class Kmod(Strict, frozen=True, kw_only=True):
     """Shell lines run in the source folder; see $KERNEL_RELEASE, $JOBS and $DRIVER_VERSION."""
     cpu_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 120
     """CPU seconds a compile takes, about; only for telling people how long to wait."""
+    core: KmodCore | None = None
     build_packages: tuple[PackageSpec, ...] = ()
     """What this build needs beyond the base's toolchain and the kernel headers."""
     modules: Annotated[tuple[Name, ...], Meta(min_length=1)]
@@ -213,6 +245,8 @@ class KmodOverride(Strict, frozen=True, kw_only=True):
     """Where the source comes from instead."""
     build: Script | None = None
     """Other shell lines that build it."""
+    core: KmodCore | None = None
+    """A part of the new source that is compiled once for all kernels."""
     build_packages: tuple[PackageSpec, ...] | None = None
     """What this build needs beyond the base's toolchain and the kernel headers."""
     licences: tuple[RelativePath, ...] | None = None
@@ -235,6 +269,8 @@ class Part(Strict, frozen=True, kw_only=True):
 
     repositories: tuple[Repository, ...] = ()
     packages: tuple[PackageSpec, ...] = ()
+    images: tuple[ImageReference, ...] = ()
+    """Container images that this host runs; their digests are locked."""
     kmods: dict[Name, Kmod] = {}
     kargs: tuple[Word, ...] = ()
     """Kernel arguments, written to /usr/lib/bootc/kargs.d."""
@@ -341,19 +377,48 @@ class MirrorMap(Strict, frozen=True, kw_only=True):
     """Registries reached without TLS verification."""
 
 
-class Site(Strict, frozen=True, kw_only=True):
-    """`imgbuild.yaml`: what one fleet wants."""
+class Wish(Strict, frozen=True, kw_only=True):
+    """What an image is made of, as far as a site says so."""
 
-    name: Name = "site"
-    """What this fleet is called."""
     base: Name | None = None
-    """Distribution; `--base` overrules it, and without both it is debian."""
+    """Distribution; `--base` overrules it, and where nothing names one it is debian."""
     vendor: Name | None = None
-    """GPU vendor; `--vendor` overrules it, and without both it is none."""
+    """GPU vendor; `--vendor` overrules it, and where nothing names one it is none."""
+    vendors: tuple[Name, ...] = ()
+    """Several GPU vendors in one image, in place of `vendor`."""
     with_: tuple[Name, ...] = field(default=(), name="with")
     """Layers in addition to those of the vendor."""
     without: tuple[Name, ...] = ()
     """Layers to leave out."""
+    kernel: KernelChoice | None = None
+    """Another kernel than the stock one: a version, a range such as `>=6.12.100, <6.13`, or a package."""
+
+    def __post_init__(self) -> None:
+        if self.vendor is not None and self.vendors:
+            raise ValueError("give either `vendor` or `vendors`")
+
+
+class Target(Wish, frozen=True, kw_only=True):
+    """One image of several that a site builds; what it does not say, the site says."""
+
+    name: Name | None = None
+    """What it is called in reports; without one, base and vendors."""
+
+
+class Host(Wish, frozen=True, kw_only=True):
+    """One machine; what it does not say, the site says."""
+
+    name: Name
+
+
+class Site(Wish, frozen=True, kw_only=True):
+    """`imgbuild.yaml`: what one fleet wants."""
+
+    name: Name = "site"
+    """What this fleet is called."""
+    targets: tuple[Target, ...] = ()
+    """The images that `build` makes when none is named."""
+    hosts: tuple[Host, ...] = ()
     kmods: dict[Name, KmodOverride] = {}
     """Another source or version of a driver."""
     packages: tuple[PackageSpec, ...] | None = None

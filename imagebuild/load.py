@@ -132,6 +132,8 @@ class Selection:
     site_folder: Path
     mirrors: MirrorMap
     mirrors_folder: Path
+    kernel: str | None = None
+    """Another kernel than the stock one, as `definitions.KernelChoice`."""
     left_out: tuple[str, ...] = ()
     """Layers that were asked for but belong to a higher tier."""
 

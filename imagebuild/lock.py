@@ -21,11 +21,15 @@ from imagebuild.compat import ORDERS, blocked_error, judge, judge_range
 from imagebuild.definitions import (
     Epoch,
     ImageDigest,
+    ImageReference,
+    InnerPath,
     KernelRelease,
+    Line,
     PackageName,
     PackagePath,
     PackageVersion,
     Sha256,
+    Uri,
     as_json,
 )
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
@@ -59,6 +63,13 @@ class LockedKmod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     source: LockedPackage | None = None
 
 
+class LockedRepository(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A repository that the base image brings: where it was found, and its key inside the image."""
+
+    uri: Uri
+    keys: tuple[InnerPath, ...] = ()
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one base × vendor × layer set resolved to."""
 
@@ -67,8 +78,18 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kernel_release: KernelRelease
     keys: dict[PackageName, Sha256] = {}
     """SHA-256 of each repository's key, for those that are not a keyring of this machine."""
+    base_image: str = ""
+    """The upstream image as it was asked for; empty where tier 1 is bootstrapped."""
     base_digest: ImageDigest = ""
-    """Digest of the upstream image; empty where tier 1 is bootstrapped."""
+    """Digest of the upstream image."""
+    base_kernels: tuple[KernelRelease, ...] = ()
+    """Kernel releases in the upstream image; those that are not `kernel_release` are removed."""
+    kernel_reason: Line = ""
+    """Why it is this kernel."""
+    repositories: dict[PackageName, LockedRepository] = {}
+    """Repositories of the upstream image that packages come from."""
+    images: dict[ImageReference, ImageDigest] = {}
+    """Container images that layers name."""
     kmods: dict[str, LockedKmod] = {}
     transactions: dict[str, tuple[LockedPackage, ...]] = {}
 

@@ -276,7 +276,8 @@ def _refused(path: str, data: Any) -> bool:
 
 def _takes(where: tuple[str | int, ...], value: str) -> bool:
     """Whether a field may have this value at all: free text any, others what is harmless in a command."""
-    free = {"summary", "reason", "link", "unblock", "text", "label", *SCRIPTS}
+    # `releases` is matched against, here and in the solver, and goes nowhere else.
+    free = {"summary", "reason", "link", "unblock", "text", "label", "releases", *SCRIPTS}
     if free & set(where):
         return True
     if value == "*":  # file names in quotes; `licences` is meant to be a pattern
