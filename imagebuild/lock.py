@@ -12,11 +12,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
+from imagebuild import kernels, solvers
 from imagebuild.compat import ORDERS, blocked_error, judge, judge_range
 from imagebuild.definitions import (
     Epoch,
@@ -32,11 +34,11 @@ from imagebuild.definitions import (
     Uri,
     as_json,
 )
-from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
+from imagebuild.documents import nearest
+from imagebuild.errors import DefinitionError, ImgbuildError
 from imagebuild.load import Selection
 from imagebuild.report import Report
-from imagebuild.run import run
-from imagebuild.sources import Location, locate, registry_reference
+from imagebuild.sources import Location, locate
 from imagebuild.state import State, sha256_of, write_whole
 
 LOCK_FILE = "imgbuild.lock"
@@ -174,6 +176,9 @@ def differences(old: Section | None, new: Section) -> list[str]:
         lines.append(f"base image {old.base_digest} -> {new.base_digest}")
     if old.kernel_release != new.kernel_release:
         lines.append(f"kernel {old.kernel_release} -> {new.kernel_release}")
+    for name in sorted(old.images.keys() & new.images.keys()):
+        if old.images[name] != new.images[name]:
+            lines.append(f"container image {name} {old.images[name]} -> {new.images[name]}")
     for name in sorted(old.kmods.keys() & new.kmods.keys()):
         if old.kmods[name].version != new.kmods[name].version:
             lines.append(f"driver {name} {old.kmods[name].version} -> {new.kmods[name].version}")
@@ -190,19 +195,24 @@ def differences(old: Section | None, new: Section) -> list[str]:
     return lines
 
 
-def request_of(selection: Selection) -> str:
-    """SHA-256 over everything in the definitions that decides what is locked."""
+def request_of(selection: Selection, base_digest: str = "") -> str:
+    """SHA-256 over everything that decides what is locked: definitions, and the upstream image.
+
+    A lock in which somebody changed the digest of the upstream image is stale by that.
+    """
     asked: list[Any] = [
         selection.base_name,
         selection.base.arch,
         selection.vendor_name if selection.tier >= 2 else "",
         as_json(selection.base.tier1),
+        base_digest,
         as_json(selection.base.kernel),
+        selection.kernel,
         [as_json(repository) for repository, _ in selection.repositories],
         list(selection.base.toolchain),
     ]
     for piece in selection.pieces:
-        asked.append([piece.name, list(piece.part.packages)])
+        asked.append([piece.name, list(piece.part.packages), list(piece.part.images)])
         for name, kmod in piece.part.kmods.items():
             # Where a directory lies is the machine's matter, and nothing of it is locked.
             source = "directory" if kmod.source.directory else as_json(kmod.source)
@@ -222,7 +232,7 @@ def section_of(lock: Lockfile, selection: Selection) -> Section | None:
         DefinitionError: the section lacks packages: somebody changed it by hand, or a merge did.
     """
     section = lock.sections.get(selection.section)
-    if section is None or section.request != request_of(selection):
+    if section is None or section.request != request_of(selection, section.base_digest):
         return None
     if section.kmods.keys() != selection.kmods.keys():
         return None
@@ -252,7 +262,8 @@ def precheck(selection: Selection, *, allow_blocked: bool = False) -> None:
     """
     order = ORDERS[selection.base.package_manager]
     for name, (kmod, piece) in selection.kmods.items():
-        verdict = judge_range(name, kmod.version, selection.base.kernel.range, piece.rules, order)
+        allowed = kernels.allowed_range(selection.base.kernel.range, selection.kernel)
+        verdict = judge_range(name, kmod.version, allowed, piece.rules, order)
         if verdict.kind == "blocked" and not allow_blocked:
             raise blocked_error(verdict)
 
@@ -283,35 +294,306 @@ def fill(text: str, **values: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Upgrade:
+    """What a new lock may move: everything, or what these names stand for.
+
+    A name is `base` (the upstream image), `kernel`, a driver, a vendor, a layer, a package or a container
+    image.
+    """
+
+    everything: bool = False
+    names: frozenset[str] = frozenset()
+
+    def covers(self, *names: str) -> bool:
+        """Tell whether one of these names may move."""
+        return self.everything or not self.names.isdisjoint(names)
+
+
+KEEP = Upgrade()
+ALL = Upgrade(everything=True)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What stays as it was locked, if it still can be had."""
+
+    prefer: Mapping[str, str]
+    base_digest: str = ""
+    kernel_release: str = ""
+    images: Mapping[str, str] = field(default_factory=dict)
+
+
+def _kept(selection: Selection, known: Lockfile, upgrade: Upgrade) -> _Kept:
+    """What the lock has of this image, else of others of its base, so that they share nodes."""
+    old = known.sections.get(selection.section)
+    same_base = [s for name, s in sorted(known.sections.items()) if name.split("/")[0] == selection.base_name]
+    sections = [old] if old is not None else same_base
+    if upgrade.names:
+        movable = {"base", "kernel", *selection.kmods, *(piece.name for piece in selection.pieces)}
+        movable |= {p.name for s in sections for p in s.packages()} | {i for s in sections for i in s.images}
+        for name in sorted(upgrade.names - movable):
+            raise DefinitionError(
+                f"the lock has no `{name}` that could be moved", help=nearest(name, movable)
+            )
+    if upgrade.everything or not sections:
+        return _Kept({})
+    moved = set(upgrade.names)
+    for section in sections:
+        moved |= _moved_with(selection, section, upgrade)
+    image = selection.base.tier1.image or ""
+    digests = [s.base_digest for s in sections if s.base_image == image]
+    return _Kept(
+        {p.name: p.version for s in sections for p in s.packages() if p.name not in moved},
+        "" if upgrade.covers("base") or not digests else digests[0],
+        "" if upgrade.covers("kernel") else sections[0].kernel_release,
+        {name: d for s in sections for name, d in s.images.items() if not upgrade.covers(name)},
+    )
+
+
+def _moved_with(selection: Selection, section: Section, upgrade: Upgrade) -> set[str]:
+    """Packages that move with what was named: those asked for, and their siblings of the same version."""
+    names: set[str] = set()
+    for piece in selection.pieces:
+        if upgrade.covers(piece.name, *piece.part.kmods):
+            names |= {
+                re.split("[ <>=]", spec)[0] for spec in (*piece.part.packages, *piece.part.same_version)
+            }
+            names |= {k.source.package for k in piece.part.kmods.values() if k.source.package}
+    if upgrade.covers("kernel"):
+        names |= {p.name for p in section.transactions.get("kernel", ()) if section.kernel_release in p.name}
+        names |= {p.name for p in section.transactions.get("kernel", ()) if p.name.startswith("kernel")}
+    versions = {p.version for p in section.packages() if p.name in names}
+    return names | {p.name for p in section.packages() if p.version in versions}
+
+
 def resolve(
     selection: Selection,
+    known: Lockfile,
     state: State,
     report: Report,
     *,
-    prefer: Iterable[LockedPackage] = (),
-    trusted: Mapping[str, str] | None = None,
+    upgrade: Upgrade = KEEP,
     allow_blocked: bool = False,
+    base_digest: str = "",
 ) -> Section:
     """Resolve everything a selection needs.
 
     Args:
-        prefer: packages whose versions are kept where the mirror still has them.
-        trusted: SHA-256 of repository keys that were locked before; another key is refused.
+        known: the lock so far: what it has is kept where it still can be had, and its repository keys
+            are trusted where another key is refused.
+        upgrade: what may move although it still can be had.
+        base_digest: the upstream image to take, whatever its tag names now.
 
     Raises:
         BlockedError, UnavailableError, DefinitionError, ImgbuildError.
     """
     precheck(selection, allow_blocked=allow_blocked)
-    solve = SOLVERS[selection.base.package_manager]
+    kept = _kept(selection, known, upgrade)
     with report.step("lock", "asking which versions there are") as step:
-        keys = _check_keys(locate(selection, state), trusted or {})
-        section = solve(selection, state, {p.name: p.version for p in prefer}, allow_blocked, step.line)
-        section = msgspec.structs.replace(section, keys=keys)
+        locations = locate(selection, state)
+        keys = _check_keys(locations, trusted_keys(known), state)
+        image = selection.base.tier1.image or ""
+        if image:
+            base_digest = base_digest or kept.base_digest or solvers.upstream_digest(image, selection)
+        images = {
+            name: kept.images.get(name) or solvers.upstream_digest(name, selection)
+            for piece in selection.pieces
+            for name in piece.part.images
+        }
+        with solvers.opened(
+            selection, locations, state, prefer=kept.prefer, base_digest=base_digest, on_line=step.line
+        ) as ask:
+            section = _solve(selection, ask, kept, allow_blocked, step.line)
+        section = msgspec.structs.replace(
+            section,
+            request=request_of(selection, base_digest),
+            keys=keys,
+            base_image=image,
+            base_digest=base_digest,
+            images=images,
+        )
         step.outcome = f"kernel {section.kernel_release}, {len(section.packages())} packages"
     return section
 
 
-def _check_keys(locations: Mapping[str, Location], trusted: Mapping[str, str]) -> dict[str, str]:
+def _solve(
+    selection: Selection,
+    ask: solvers.Ask,
+    kept: _Kept,
+    allow_blocked: bool,
+    on_line: Callable[[str], None],
+) -> Section:
+    """The recorded steps: kernel, drivers, transactions."""
+    on_line("tier 1 and kernel")
+    kernel, stock, base_transactions = _kernel(selection, ask, kept)
+    release = kernel.release
+    # The verdict comes before anything of a vendor is asked for.
+    known = {name: kmod.version for name, (kmod, _) in selection.kmods.items()}
+    check_verdicts(selection, release, known, allow_blocked=allow_blocked)
+    on_line("drivers")
+    sources = {n: kmod.source.package for n, (kmod, _) in selection.kmods.items() if kmod.source.package}
+    found = ask(candidates=sorted(set(sources.values()))).candidates if sources else {}
+    kmods: dict[str, LockedKmod] = {}
+    for name, (kmod, _) in selection.kmods.items():
+        package = _package(found[sources[name]]) if name in sources else None
+        epoch, version = upstream_version(package.version) if package else ("", kmod.version or "")
+        kmods[name] = LockedKmod(version=version, epoch=epoch, source=package)
+    versions = {name: kmod.version for name, kmod in kmods.items()}
+    check_verdicts(selection, release, versions, allow_blocked=allow_blocked)
+    on_line("transactions")
+    answer = ask(
+        transactions=[*base_transactions, *_transactions(selection, release)],
+        promises=[_promise(selection, name, kmods[name], release) for name in selection.kmods],
+    )
+    transactions = {
+        name: tuple(_package(package) for package in packages)
+        for name, packages in answer.transactions.items()
+    }
+    for name in answer.dropped:
+        on_line(f"{name}: what was locked cannot be kept together")
+    second = sorted({r for name in ("tier2",) for r in answer.releases.get(name, ()) if r != release})
+    if second:
+        raise ImgbuildError(
+            f"the packages of tier 2 bring a second kernel: {', '.join(second)} beside {release}",
+            help=f"an image has one: `kernel: {second[-1]}` in the site file takes that one, "
+            "or leave out the package that asks for it",
+        )
+    _check_same_version(selection, kmods, transactions)
+    return Section(
+        request="",
+        kernel_release=release,
+        kernel_reason=kernel.reason,
+        base_kernels=tuple(stock) if selection.base.tier1.image else (),
+        kmods=kmods,
+        transactions=transactions,
+        repositories={
+            name: LockedRepository(uri=found.uri, keys=found.keys)
+            for name, found in answer.repositories.items()
+        },
+    )
+
+
+def _kernel(
+    selection: Selection, ask: solvers.Ask, kept: _Kept
+) -> tuple[kernels.Choice, list[str], list[dict[str, Any]]]:
+    """The kernel, the releases that would come without asking, and the transactions up to it."""
+    kernel, wanted = selection.base.kernel, selection.kernel
+    bootstrap = selection.base.tier1.bootstrap
+    first: list[dict[str, Any]] = []
+    if bootstrap is not None:
+        packages = ["apt", *bootstrap.packages]
+        first.append({"name": "tier1", "after": [], "install": packages, "essential": True})
+
+    def transactions(install: Iterable[str]) -> list[dict[str, Any]]:
+        return [*first, {"name": "kernel", "after": ["tier1"], "install": list(install)}]
+
+    filled = [spec for spec in kernel.replace if "{release}" in spec]
+    rest = [spec for spec in kernel.replace if "{release}" not in spec]
+    named = wanted if wanted is not None and kernels.is_package(wanted) else None
+    install = [named, *rest] if named else list(kernel.packages)
+    asked = transactions(install) if install else first
+    # Without kmods nothing is compiled, and headers do not matter.
+    headers = [spec for spec in kernel.headers if "{release}" in spec] if selection.kmods else []
+    patterns = list(dict.fromkeys([*filled, *headers]))
+    answer = ask(base_only=True, transactions=asked, releases_of=patterns)
+    brought = answer.releases.get("kernel", [])
+    if install and len(brought) != 1:
+        raise ImgbuildError(
+            f"{', '.join(install)} bring {len(brought)} kernels, one was expected",
+            lines=brought,
+            help=f"one of base `{selection.base_name}` is named like {kernel.release_from}",
+        )
+    stock = brought if install else answer.kernels
+    if not stock:
+        raise ImgbuildError(
+            f"the image of base `{selection.base_name}` has no kernel in /usr/lib/modules",
+            help="a base image must be bootable by itself",
+        )
+
+    def common(specs: Iterable[str]) -> set[str] | None:
+        found = [set(answer.releases_of.get(spec, {})) for spec in specs]
+        return set.intersection(*found) if found else None
+
+    choice = kernels.choose(
+        stock,
+        installable=common(filled) or (),
+        with_headers=common(headers),
+        allowed=kernels.allowed_range(kernel.range, wanted),
+        flavour=kernel.releases,
+        order=ORDERS[selection.base.package_manager],
+        asked=wanted,
+        keep=kept.kernel_release,
+    )
+    if choice.replaced:
+        asked = transactions([*(fill(spec, release=choice.release) for spec in filled), *rest])
+    elif named:
+        choice = kernels.Choice(choice.release, f"kernel {choice.release}, because the site asks for {named}")
+    return choice, sorted({*answer.kernels, *([] if bootstrap else stock)}), asked
+
+
+def _promise(selection: Selection, name: str, locked: LockedKmod, release: str) -> dict[str, Any]:
+    """A kmod package that is not compiled yet, as a solver takes part of it."""
+    package = selection.kmods[name][0].package
+    values = {"version": locked.version, "epoch": locked.epoch, "release": release}
+    return {
+        "name": package.name,
+        "version": locked.version,
+        "epoch": locked.epoch,
+        "arch": selection.base.arch,
+        "provides": [fill(text, **values) for text in package.provides],
+        "conflicts": list(package.conflicts),
+    }
+
+
+def drift(selection: Selection, known: Lockfile, state: State, report: Report) -> list[str]:
+    """What moved upstream since a selection was locked, a line each; empty when nothing did.
+
+    The lock stays as it is. Where the upstream image moved, that is said, and the rest is asked on top of
+    the locked one.
+    """
+    section = section_of(known, selection)
+    if section is None:
+        there = selection.section in known.sections
+        return [
+            f"section {selection.section}: {'definitions changed since it was locked' if there else 'not locked'}"
+        ]
+    lines = []
+    if section.base_image:
+        now = solvers.upstream_digest(section.base_image, selection)
+        if now != section.base_digest:
+            lines.append(f"base image {section.base_digest} -> {now}")
+    new = resolve(
+        selection,
+        known,
+        state,
+        report,
+        upgrade=ALL,
+        allow_blocked=True,
+        base_digest=section.base_digest,
+    )
+    return lines + differences(section, new)
+
+
+def offered(
+    selection: Selection, section: Section, names: Iterable[str], state: State
+) -> dict[str, list[str]]:
+    """Versions the repositories offer now of some packages, oldest first."""
+    wanted = sorted(set(names))
+    with solvers.opened(
+        selection,
+        locate(selection, state),
+        state,
+        prefer={},
+        base_digest=section.base_digest,
+        on_line=lambda _: None,
+    ) as ask:
+        return ask(offered=wanted).offered
+
+
+def _check_keys(
+    locations: Mapping[str, Location], trusted: Mapping[str, str], state: State
+) -> dict[str, str]:
     """SHA-256 of each repository's key; raises ImgbuildError for one that is not the locked one."""
     found = {}
     for name, location in sorted(locations.items()):
@@ -324,6 +606,7 @@ def _check_keys(locations: Mapping[str, Location], trusted: Mapping[str, str]) -
                 lines=[f"locked {trusted[name]}", f"found  {found[name]}"],
                 help="if its owner changed it, remove the repository from `keys` in imgbuild.lock",
             )
+        state.keep(location.key, found[name])
     return found
 
 
@@ -351,87 +634,8 @@ def _transactions(selection: Selection, release: str) -> list[dict[str, Any]]:
                 )
     if selection.tier >= 2:
         install = [spec for piece in selection.pieces for spec in piece.part.packages]
-        found.append({"name": "tier2", "after": ["tier1", "kernel"], "install": install})
+        found.append({"name": "tier2", "after": ["tier1", "kernel"], "install": install, "promised": True})
     return found
-
-
-def _lock_with_apt(
-    selection: Selection,
-    state: State,
-    prefer: Mapping[str, str],
-    allow_blocked: bool,
-    on_line: Callable[[str], None],
-) -> Section:
-    bootstrap = selection.base.tier1.bootstrap
-    if bootstrap is None:
-        raise DefinitionError(
-            f"base `{selection.base_name}`: apt bases are bootstrapped, an image cannot be locked"
-        )
-    locations = locate(selection, state)
-    base_names = {repository.name for repository in selection.base.repositories}
-    question: dict[str, Any] = {
-        "arch": selection.base.arch,
-        "sources": [
-            line for location in locations.values() for line in apt_sources(location, selection.base.arch)
-        ],
-        "repositories": {name: location.uri for name, location in locations.items()},
-        "prefer": dict(prefer),
-        "promises": [],
-        "update": True,
-    }
-    folder = state.root / "apt" / hashlib.sha256("\n".join(question["sources"]).encode()).hexdigest()[:16]
-    question["folder"] = str(folder)
-    base_transactions = [
-        {
-            "name": "tier1",
-            "after": [],
-            "install": ["apt", *bootstrap.packages],
-            "essential": True,
-        },
-        {"name": "kernel", "after": ["tier1"], "install": list(selection.base.kernel.packages)},
-    ]
-    with state.lock(f"apt-{folder.name}", on_line):
-        on_line("tier 1 and kernel")
-        # The kernel release, and the verdict on it, before anything of a vendor is asked for.
-        own = [line for name in base_names for line in apt_sources(locations[name], selection.base.arch)]
-        first = _ask_apt(
-            question | {"sources": sorted(own), "transactions": base_transactions, "candidates": []}
-        )
-        release = _release(selection, first["transactions"]["kernel"])
-        known = {name: kmod.version for name, (kmod, _) in selection.kmods.items()}
-        check_verdicts(selection, release, known, allow_blocked=allow_blocked)
-        on_line("drivers")
-        sources = {
-            name: kmod.source.package for name, (kmod, _) in selection.kmods.items() if kmod.source.package
-        }
-        question["update"] = len(own) < len(question["sources"])
-        second = _ask_apt(question | {"transactions": [], "candidates": sorted(set(sources.values()))})
-        kmods: dict[str, LockedKmod] = {}
-        for name, (kmod, _) in selection.kmods.items():
-            package = None
-            version, epoch = kmod.version or "", ""
-            if name in sources:
-                package = _package(second["candidates"][sources[name]])
-                epoch, version = upstream_version(package.version)
-            kmods[name] = LockedKmod(version=version, epoch=epoch, source=package)
-        check_verdicts(
-            selection, release, {n: k.version for n, k in kmods.items()}, allow_blocked=allow_blocked
-        )
-        on_line("transactions")
-        question["update"] = False
-        question["promises"] = [_promise(selection, name, kmods[name], release) for name in selection.kmods]
-        third = _ask_apt(
-            question
-            | {"transactions": [*base_transactions, *_transactions(selection, release)], "candidates": []}
-        )
-    transactions = {
-        name: tuple(_package(package) for package in packages)
-        for name, packages in third["transactions"].items()
-    }
-    _check_same_version(selection, kmods, transactions)
-    return Section(
-        request=request_of(selection), kernel_release=release, kmods=kmods, transactions=transactions
-    )
 
 
 def _package(data: Mapping[str, Any]) -> LockedPackage:
@@ -443,84 +647,6 @@ def _package(data: Mapping[str, Any]) -> LockedPackage:
             f"repository `{data.get('repository')}` describes package {str(data.get('name'))!r} in a way"
             f" that is refused: {error}"
         ) from None
-
-
-def apt_sources(location: Location, arch: str) -> list[str]:
-    """sources.list(5) lines of one repository.
-
-    Raises:
-        DefinitionError: apt has no way to write the path of the key.
-    """
-    if re.search(r"[\s,\[\]]", str(location.key or "")):
-        raise DefinitionError(
-            f"apt cannot take a key from `{location.key}`",
-            help="the state folder ($IMGBUILD_STATE_DIR) needs a path without spaces, commas and brackets",
-        )
-    options = f"arch={arch}" + (f" signed-by={location.key}" if location.key else "")
-    components = " ".join(location.repository.components)
-    # Without components a suite is the path of a flat repository, which ends in a slash.
-    suites = [
-        suite if components or suite.endswith("/") else f"{suite}/" for suite in location.repository.suites
-    ]
-    return [f"deb [{options}] {location.uri} {suite} {components}".rstrip() for suite in suites]
-
-
-def _ask_apt(question: Mapping[str, Any]) -> dict[str, Any]:
-    script = Path(__file__).parent / "installers" / "apt" / "solve.py"
-    # -I: no module of the current folder or of $PYTHONPATH gets in.
-    python = ["/usr/bin/python3", "-I"]
-    probe = run([*python, "-c", "import apt_pkg"], check=False)
-    if probe.returncode != 0:
-        raise UnavailableError(
-            "python-apt is not installed", help="install it: apt-get install -y python3-apt"
-        )
-    result = run([*python, str(script)], stdin=json.dumps(question), check=False)
-    try:
-        answer: dict[str, Any] = json.loads(result.stdout)
-    except ValueError:
-        raise ImgbuildError("the apt solver failed", lines=result.tail) from None
-    error = answer.get("error")
-    if error:
-        kind = UnavailableError if error["kind"] == "unreachable" else ImgbuildError
-        raise kind(
-            error["what"],
-            lines=error["lines"],
-            help="is the mirror right? See --mirror-map" if kind is UnavailableError else "",
-        )
-    return answer
-
-
-def _release(selection: Selection, kernel: Iterable[Mapping[str, Any]]) -> str:
-    template = selection.base.kernel.release_from or ""
-    pattern = re.compile(re.escape(template).replace(r"\{release\}", r"([0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*)"))
-    found = sorted({m[1] for p in kernel if (m := pattern.fullmatch(str(p["name"])))})
-    if len(found) != 1:
-        raise ImgbuildError(
-            f"the packages of base `{selection.base_name}` bring {len(found)} kernels, one was expected",
-            lines=found,
-        )
-    return found[0]
-
-
-def _promise(selection: Selection, name: str, locked: LockedKmod, release: str) -> str:
-    """The stanza of a kmod package that is not compiled yet (deb-control(5))."""
-    kmod = selection.kmods[name][0]
-    provides = [
-        fill(p, version=locked.version, epoch=locked.epoch, release=release) for p in kmod.package.provides
-    ]
-    lines = [
-        f"Package: {kmod.package.name}",
-        "Status: install ok installed",
-        f"Version: {locked.version}",
-        f"Architecture: {selection.base.arch}",
-        "Maintainer: imgbuild",
-        "Description: promise",
-    ]
-    if provides:
-        lines.append(f"Provides: {', '.join(provides)}")
-    if kmod.package.conflicts:
-        lines.append(f"Conflicts: {', '.join(kmod.package.conflicts)}")
-    return "\n".join(lines)
 
 
 def _check_same_version(
@@ -542,48 +668,3 @@ def _check_same_version(
                         help="modules, firmware and userland must be of one version: name userland packages "
                         "that fit in the site file (`packages:`), or take the driver of the distribution",
                     )
-
-
-def _lock_with_dnf(
-    selection: Selection,
-    state: State,
-    prefer: Mapping[str, str],
-    allow_blocked: bool,
-    on_line: Callable[[str], None],
-) -> Section:
-    on_line("tier 1")
-    upstream_digest(selection)
-    raise ImgbuildError(f"base `{selection.base_name}` can be planned and rendered, but not locked yet")
-
-
-def upstream_digest(selection: Selection) -> str:
-    """The digest an upstream image has now.
-
-    Raises:
-        UnavailableError: its registry cannot be reached.
-    """
-    image = selection.base.tier1.image
-    assert image is not None
-    reference, verify = registry_reference(image, selection.mirrors)
-    result = run(
-        [
-            "skopeo",
-            "inspect",
-            "--no-tags",
-            f"--tls-verify={str(verify).lower()}",
-            "--format",
-            "{{.Digest}}",
-            f"docker://{reference}",
-        ],
-        check=False,
-    )
-    if result.returncode != 0:
-        raise UnavailableError(
-            f"cannot ask the registry for {reference}",
-            lines=result.tail[-3:],
-            help="a mirror map can name another registry (--mirror-map FILE)",
-        )
-    return result.stdout.strip()
-
-
-SOLVERS: Mapping[str, Callable[..., Section]] = {"apt": _lock_with_apt, "dnf": _lock_with_dnf}

@@ -91,6 +91,8 @@ def locate(selection: Selection, state: State) -> dict[str, Location]:
     for repository, folder in selection.repositories:
         mirror = mirrors.repositories.get(repository.name)
         uri = mirror.uri if isinstance(mirror, Mirror) else mirror or repository.uri
+        if uri is None and selection.base.package_manager == "dnf":
+            uri = ""  # one of the base image's own
         if uri is None:
             host = host_locations() if host is None else host
             uri = host.get(repository.label or "") or tool_location(repository)
@@ -116,6 +118,23 @@ def locate(selection: Selection, state: State) -> dict[str, Location]:
             key = None
         found[repository.name] = Location(repository, uri.rstrip("/"), key)
     return found
+
+
+def mirrored(selection: Selection, state: State) -> dict[str, Location]:
+    """Every repository the mirror map names, with its key if the map gives one."""
+    found = {}
+    for name, mirror in selection.mirrors.repositories.items():
+        given = mirror if isinstance(mirror, Mirror) else Mirror(uri=mirror)
+        key = _key(given.key, selection.mirrors_folder, name, state) if given.key else None
+        found[name] = Location(Repository(name=name), given.uri.rstrip("/"), key)
+    return found
+
+
+def locate_locked(selection: Selection, own: Mapping[str, str], state: State) -> dict[str, Location]:
+    """Every repository packages were locked from, `own` (name → location) being those of the base image."""
+    found = {name: Location(Repository(name=name), uri, None) for name, uri in own.items()}
+    found |= {name: place for name, place in mirrored(selection, state).items() if name in own}
+    return found | {name: place for name, place in locate(selection, state).items() if place.uri}
 
 
 def _key(key: str, folder: Path, name: str, state: State) -> Path:

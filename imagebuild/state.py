@@ -153,6 +153,15 @@ class State:
         path.replace(place)
         return place
 
+    def keep(self, path: Path, sha256: str) -> None:
+        """Copy a file into the store; raises ImgbuildError if it is not what `sha256` says."""
+        if self.has(sha256):
+            return
+        with self.work("keep") as folder:
+            copy = folder / sha256
+            shutil.copyfile(path, copy)
+            self.add(copy, sha256)
+
     @contextmanager
     def work(self, name: str) -> Iterator[Path]:
         """A folder of this process, removed afterwards; a dead process's folders are swept."""

@@ -4,10 +4,12 @@ Runs under the system's Python, which has python-apt, never under imgbuild's own
 object on stdin and writes one on stdout:
 
     in   {"folder": str, "arch": str, "sources": [line], "promises": [stanza], "prefer": {name: version},
-          "repositories": {name: uri}, "update": bool,
+          "repositories": {name: uri}, "update": bool, "release_from": pattern, "releases_of": [pattern],
           "transactions": [{"name": str, "after": [name], "install": [spec], "essential": bool}],
-          "candidates": [package]}
-    out  {"transactions": {name: [package]}, "candidates": {package: package}}
+          "candidates": [spec], "offered": [name]}
+    out  {"transactions": {name: [package]}, "releases": {transaction: [kernel release]},
+          "candidates": {spec: package}, "offered": {name: [version]},
+          "releases_of": {pattern: {release: version}}}
          or {"error": {"kind": "unreachable" | "unresolvable", "what": str, "lines": [str]}}
 
 A transaction is solved on top of those it comes `after`, so its result is what it adds to them.
@@ -224,6 +226,24 @@ class Solver:
                     lines.append(f"{package.name} {version.ver_str} needs {needs}")
         return lines
 
+    def releases(self, pattern, names):
+        """Kernel releases in the names of packages, such as `linux-image-{release}`."""
+        front, _, back = pattern.partition("{release}")
+        whole = re.compile(re.escape(front) + r"([0-9]+\.[0-9]+[A-Za-z0-9.+_~-]*)" + re.escape(back))
+        return {match[1]: match[0] for match in map(whole.fullmatch, names) if match}
+
+    def releases_of(self, pattern):
+        names = (p.name for p in self.cache.packages if p.architecture == self.arch and p.has_versions)
+        found = self.releases(pattern, names)
+        return {release: self.offered(name)[-1] for release, name in found.items() if self.offered(name)}
+
+    def offered(self, name):
+        """Versions a repository has of a package, oldest first."""
+        if (name, self.arch) not in self.cache:
+            return []
+        versions = [v for v in self.cache[name].version_list if any(not f.not_source for f, _ in v.file_list)]
+        return [v.ver_str for v in reversed(versions)]  # apt has the newest first
+
     def candidate(self, spec):
         depcache = apt_pkg.DepCache(self.cache)
         depcache.init()
@@ -237,9 +257,16 @@ def answer(question):
         update()
     apt_pkg.init_system()
     solver = Solver(question)
+    transactions = {t["name"]: solver.solve(t) for t in question["transactions"]}
     return {
-        "transactions": {t["name"]: solver.solve(t) for t in question["transactions"]},
+        "transactions": transactions,
+        "releases": {
+            name: sorted(solver.releases(question["release_from"], (p["name"] for p in packages)))
+            for name, packages in transactions.items()
+        },
         "candidates": {spec: solver.candidate(spec) for spec in question["candidates"]},
+        "releases_of": {pattern: solver.releases_of(pattern) for pattern in question["releases_of"]},
+        "offered": {name: solver.offered(name) for name in question["offered"]},
     }
 
 
