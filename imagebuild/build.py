@@ -24,7 +24,15 @@ from imagebuild.errors import ImgbuildError, UnavailableError
 from imagebuild.plan import Node, Plan
 from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
 from imagebuild.report import Report, Step, seconds, size
-from imagebuild.sources import Wanted, fetch, locate, registry_reference, wanted_packages
+from imagebuild.sources import (
+    Wanted,
+    fetch,
+    locate,
+    pinned_source,
+    registry_reference,
+    untagged,
+    wanted_packages,
+)
 from imagebuild.state import State
 
 Status = Literal["cached", "pulled", "built", "not needed"]
@@ -276,6 +284,8 @@ class _Builder:
         programs = ["buildah", "unshare"]
         if any(item.node.kind == "bootstrap" for item in todo):
             programs += ["mmdebstrap", "apt-ftparchive"]
+        if any(item.node.kind == "upstream" for item in todo):
+            programs.append("skopeo")
         missing = [program for program in programs if not run.available(program)]
         if missing:
             packages = " ".join(sorted({run.PACKAGES[program] for program in missing}))
@@ -324,7 +334,19 @@ class _Builder:
             files, bytes_ = fetch(wanted, self.state, on_file)
             if step is not None:
                 step.outcome = f"{files} files, {size(bytes_)} downloaded and verified"
+        if any(item.node.kind == "upstream" for item in todo):
+            self._pull_upstream()
         return files, bytes_
+
+    def _pull_upstream(self) -> None:
+        """Bring the upstream image of tier 1 into local storage, under the name that FROM uses."""
+        selection, section = self.plan.selection, self.plan.section
+        assert selection.base.tier1.image is not None and section is not None
+        name, digest = untagged(selection.base.tier1.image), section.base_digest
+        source, verify = pinned_source(selection.base.tier1.image, digest, selection.mirrors)
+        with self.report.step("pull", f"{name}@{digest}") as step:
+            pulled = images.ensure(name, digest, source, verify)
+            step.outcome = "pulled" if pulled else "there already"
 
     def _expected_s(self, item: Rendered) -> float:
         """Seconds a node took last time, else what its definition or its packages let expect."""

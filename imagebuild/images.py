@@ -6,6 +6,7 @@ that everything they start ends with them (unshare(1), --kill-child).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -327,3 +328,44 @@ def copy(source: str, destination: str, *options: str, attempts: int = 4) -> Res
             kind = UnavailableError if is_network_trouble(result.tail) else ImgbuildError
             raise kind(f"cannot copy {source} to {destination}", lines=result.tail[-5:])
     raise AssertionError("unreachable")
+
+
+def ensure(reference_name: str, digest: str, source: str, tls_verify: bool) -> bool:
+    """Make sure that local storage has NAME@DIGEST, so that `FROM NAME@DIGEST` needs no registry.
+
+    The digest may be that of a list of images: storage then keeps the list beside the image for this
+    machine's architecture, and answers to the list's digest.
+
+    Args:
+        reference_name: the image's name, without tag and digest.
+        digest: `sha256:` and 64 hexadecimal digits.
+        source: where it is copied from, as skopeo writes it: `docker://HOST/NAME@DIGEST`, `oci:FOLDER`.
+        tls_verify: whether the registry's certificate has to be good.
+
+    Returns:
+        True if it had to be copied.
+
+    Raises:
+        UnavailableError: the registry cannot be reached.
+        ImgbuildError: it refused, or what came is another image.
+    """
+    name = f"{reference_name}@{digest}"
+    here = f"containers-storage:{name}"
+    if _manifest_digest(here) == digest:
+        return False
+    verify = [] if tls_verify else ["--src-tls-verify=false"]
+    copy(source, here, "--quiet", *verify)
+    found = _manifest_digest(here)
+    if found != digest:
+        remove([name])
+        raise ImgbuildError(
+            f"{source} is not the image {name}",
+            lines=[f"expected {digest}", f"found    {found or 'nothing'}"],
+        )
+    return True
+
+
+def _manifest_digest(location: str) -> str:
+    """Digest of the manifest (or list) at a location, from its bytes; empty where there is none."""
+    result = run(["skopeo", "inspect", "--raw", location], check=False)
+    return f"sha256:{hashlib.sha256(result.stdout.encode()).hexdigest()}" if result.returncode == 0 else ""

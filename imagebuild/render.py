@@ -24,6 +24,7 @@ from imagebuild.errors import DefinitionError, ImgbuildError
 from imagebuild.load import Selection, shipped
 from imagebuild.lock import LockedPackage
 from imagebuild.plan import Node, Plan, fill_kmod
+from imagebuild.sources import untagged
 
 LAYER_TIME = 1_700_000_000
 """Seconds since the epoch that every file of every layer gets: one clamped time, so that the same
@@ -192,10 +193,8 @@ def _upstream(plan: Plan) -> str:
     image = plan.selection.base.tier1.image
     if image is None:
         return ""
-    name = image.split("@")[0]
     digest = plan.section.base_digest if plan.section else "<unlocked: base_digest>"
-    last = name.rsplit("/", 1)[-1]
-    return f"{name[: -len(last)]}{last.split(':')[0]}@{digest}"
+    return f"{untagged(image)}@{digest}"
 
 
 def _kmod_values(plan: Plan, node: Node) -> dict[str, Any]:

@@ -174,6 +174,18 @@ def registry_reference(reference: str, mirrors: MirrorMap) -> tuple[str, bool]:
     return reference, reference.split("/", 1)[0] not in mirrors.insecure
 
 
+def untagged(reference: str) -> str:
+    """The name of an image: its reference without tag and digest."""
+    folder, slash, last = reference.split("@")[0].rpartition("/")
+    return f"{folder}{slash}{last.split(':')[0]}"
+
+
+def pinned_source(reference: str, digest: str, mirrors: MirrorMap) -> tuple[str, bool]:
+    """Where exactly this image is copied from, as skopeo writes it, and whether TLS is verified there."""
+    place, verify = registry_reference(reference, mirrors)
+    return f"docker://{untagged(place)}@{digest}", verify
+
+
 def _session() -> Any:
     import requests
     from requests.adapters import HTTPAdapter

@@ -11,6 +11,7 @@ Set IMGBUILD_TEST_REGISTRY=process to have the registry as a process where conta
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -68,21 +69,28 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     remove_storage(folder)
 
 
-@pytest.fixture(scope="session")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
-    """An empty container storage (overlay) that buildah and skopeo use until the session ends."""
-    folder = tmp_path_factory.mktemp("storage")
+@contextlib.contextmanager
+def fresh_storage(folder: Path) -> Iterator[Storage]:
+    """An empty container storage (overlay) in a folder; removed afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
     conf = folder / "storage.conf"
     conf.write_text(
         f'[storage]\ndriver = "overlay"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/graph"\n'
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONTAINERS_STORAGE_CONF", str(conf))
-        try:
-            assert images.graph_root() == folder / "graph"
-            yield Storage(folder / "graph", conf)
-        finally:
-            remove_storage(folder)
+    try:
+        yield Storage(folder / "graph", conf)
+    finally:
+        remove_storage(folder)
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """An empty container storage (overlay) that buildah and skopeo use until the session ends."""
+    folder = tmp_path_factory.mktemp("storage")
+    with fresh_storage(folder) as found, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERS_STORAGE_CONF", str(found.conf))
+        assert images.graph_root() == found.root
+        yield found
 
 
 ImageMaker = Callable[[str, Mapping[str, str]], str]

@@ -106,6 +106,17 @@ class Registry:
         """A layer or config, as it lies in the registry."""
         return self.get(f"{repository}/blobs/{digest}")[0]
 
+    def put_manifest(self, repository: str, tag: str, text: str, kind: str) -> str:
+        """Put a manifest, or a list of some, of media type `kind` under a tag; returns its digest."""
+        request = urllib.request.Request(
+            f"http://{self.address}/v2/{repository}/manifests/{tag}",
+            data=text.encode(),
+            headers={"Content-Type": kind},
+            method="PUT",
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return str(response.headers["Docker-Content-Digest"])
+
     def config(self, repository: str, tag: str) -> dict[str, Any]:
         """A tag's image config."""
         found: dict[str, Any] = json.loads(
