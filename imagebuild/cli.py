@@ -163,19 +163,7 @@ def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
     if section is not None:
         return section
     stale = known.sections.get(selection.section)
-    # What other images of the same base have is kept, so that they share nodes.
-    related = [s for name, s in known.sections.items() if name.split("/")[0] == selection.base_name]
-    keep = (stale or (related[0] if related else None)) and [
-        p for s in ([stale] if stale else related) for p in s.packages()
-    ]
-    section = lock.resolve(
-        selection,
-        run.state,
-        run.report,
-        prefer=keep or (),
-        trusted=lock.trusted_keys(known),
-        allow_blocked=allow_blocked,
-    )
+    section = lock.resolve(selection, known, run.state, run.report, allow_blocked=allow_blocked)
     lock.update(path, selection.section, section, run.state)
     why = "definitions changed since it was locked" if stale else "not locked before"
     run.report.say(f"wrote {_short(path)}: section {selection.section} ({why})")
@@ -518,11 +506,12 @@ def plan(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **argum
         "vendor": selection.vendor_name,
         "locked": made.locked,
         "kernel_release": made.kernel_release,
+        "kernel_reason": made.kernel_reason,
         "verdicts": [verdict.as_dict() for verdict in made.verdicts],
         "notices": list(made.notices),
         "nodes": nodes,
     }
-    lines = [f"kernel {made.kernel_release}"]
+    lines = [made.kernel_reason or f"kernel {made.kernel_release}"]
     if not made.locked:
         lines.append("not locked: `imgbuild lock` or the first `imgbuild build` asks for versions")
     for entry in nodes:
@@ -561,7 +550,7 @@ def lock(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **argum
     known = locking.read(path)
     before = known.sections.get(selection.section)
     section = locking.resolve(
-        selection, run.state, run.report, trusted=locking.trusted_keys(known), allow_blocked=allow_blocked
+        selection, known, run.state, run.report, upgrade=locking.ALL, allow_blocked=allow_blocked
     )
     locking.update(path, selection.section, section, run.state)
     moved = locking.differences(before, section)

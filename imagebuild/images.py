@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
 from imagebuild.run import Result, run
@@ -280,6 +280,37 @@ def mounted(name: str) -> Iterator[Path]:
         yield Path(run(["buildah", "mount", container]).stdout.strip())
     finally:
         run(["buildah", "rm", container], check=False)
+
+
+class Runner(Protocol):
+    """Runs a command in a container."""
+
+    def __call__(self, argv: Sequence[str], *, isolation: str, volumes: Mapping[str, str]) -> Result: ...
+
+
+@contextmanager
+def container(image: str) -> Iterator[Runner]:
+    """A throw-away container of an image, whose commands have the network of this machine.
+
+    What they start ends with them. `volumes` are folders of this machine → where they are seen, read-only.
+    """
+    name = f"{owner()}-{os.urandom(4).hex()}"
+    made = run(["buildah", "from", "--pull=never", *_limits(), "--name", name, image], check=False)
+    if made.returncode != 0:
+        raise ImgbuildError(f"there is no image `{image}` in local storage", lines=made.tail)
+
+    def call(argv: Sequence[str], *, isolation: str, volumes: Mapping[str, str]) -> Result:
+        # Chroot isolation has the host's network anyway; and a PID namespace leaves no agent behind.
+        network = [] if isolation == "chroot" else ["--network", "host"]
+        mounts = [word for here, there in volumes.items() for word in ("--volume", f"{here}:{there}:ro")]
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = ["buildah", "run", "--isolation", isolation, *network, *mounts, name, "--", *argv]
+        return run([*alone, *command], check=False)
+
+    try:
+        yield call
+    finally:
+        run(["buildah", "rm", name], check=False)
 
 
 def layer_files(name: str, folder: Path) -> tuple[Path, ...]:

@@ -68,6 +68,10 @@ def choose(
         ImgbuildError: no release is left; the error says what there is.
     """
 
+    def shown(releases: Iterable[str]) -> str:
+        found = rank(r for r in releases if re.fullmatch(flavour, r))
+        return (", ".join(found[:12]) + (" ..." if len(found) > 12 else "")) or "none"
+
     def rank(releases: Iterable[str]) -> list[str]:
         return sorted(set(releases), key=cmp_to_key(order), reverse=True)
 
@@ -91,12 +95,8 @@ def choose(
             "no kernel is left that an image could have",
             lines=[
                 f"stock kernel: {', '.join(own) or 'none'}",
-                f"offered: {', '.join(rank(installable)) or 'none'}",
-                *(
-                    [f"with headers: {', '.join(rank(buildable)) or 'none'}"]
-                    if with_headers is not None
-                    else []
-                ),
+                f"offered: {shown(installable)}",
+                *([f"with headers: {shown(buildable)}"] if with_headers is not None else []),
                 f"allowed: {allowed}",
             ],
             help="`kernel:` in the site file may allow another; a mirror that is behind catches up by itself",

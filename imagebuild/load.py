@@ -472,6 +472,7 @@ def load(
         site_folder=site_folder,
         mirrors=mirrors,
         mirrors_folder=mirrors_folder,
+        kernel=site.kernel,
         left_out=tuple(left_out),
     )
 

@@ -426,7 +426,7 @@ def _solve(
 ) -> Section:
     """The recorded steps: kernel, drivers, transactions."""
     on_line("tier 1 and kernel")
-    kernel, stock, base_transactions = _kernel(selection, ask, kept)
+    kernel, stock, done = _kernel(selection, ask, kept)
     release = kernel.release
     # The verdict comes before anything of a vendor is asked for.
     known = {name: kmod.version for name, (kmod, _) in selection.kmods.items()}
@@ -443,12 +443,13 @@ def _solve(
     check_verdicts(selection, release, versions, allow_blocked=allow_blocked)
     on_line("transactions")
     answer = ask(
-        transactions=[*base_transactions, *_transactions(selection, release)],
+        transactions=_transactions(selection, release),
+        done=done,
         promises=[_promise(selection, name, kmods[name], release) for name in selection.kmods],
     )
     transactions = {
         name: tuple(_package(package) for package in packages)
-        for name, packages in answer.transactions.items()
+        for name, packages in (done | answer.transactions).items()
     }
     for name in answer.dropped:
         on_line(f"{name}: what was locked cannot be kept together")
@@ -476,8 +477,8 @@ def _solve(
 
 def _kernel(
     selection: Selection, ask: solvers.Ask, kept: _Kept
-) -> tuple[kernels.Choice, list[str], list[dict[str, Any]]]:
-    """The kernel, the releases that would come without asking, and the transactions up to it."""
+) -> tuple[kernels.Choice, list[str], dict[str, Any]]:
+    """The kernel, the releases that would come without asking, and the solved transactions up to it."""
     kernel, wanted = selection.base.kernel, selection.kernel
     bootstrap = selection.base.tier1.bootstrap
     first: list[dict[str, Any]] = []
@@ -526,10 +527,11 @@ def _kernel(
         keep=kept.kernel_release,
     )
     if choice.replaced:
-        asked = transactions([*(fill(spec, release=choice.release) for spec in filled), *rest])
+        specs = [*(fill(spec, release=choice.release) for spec in filled), *rest]
+        answer = ask(base_only=True, transactions=transactions(specs))
     elif named:
         choice = kernels.Choice(choice.release, f"kernel {choice.release}, because the site asks for {named}")
-    return choice, sorted({*answer.kernels, *([] if bootstrap else stock)}), asked
+    return choice, sorted(answer.kernels), answer.transactions
 
 
 def _promise(selection: Selection, name: str, locked: LockedKmod, release: str) -> dict[str, Any]:
@@ -554,10 +556,9 @@ def drift(selection: Selection, known: Lockfile, state: State, report: Report) -
     """
     section = section_of(known, selection)
     if section is None:
-        there = selection.section in known.sections
-        return [
-            f"section {selection.section}: {'definitions changed since it was locked' if there else 'not locked'}"
-        ]
+        stale = selection.section in known.sections
+        why = "definitions changed since it was locked" if stale else "not locked"
+        return [f"section {selection.section}: {why}"]
     lines = []
     if section.base_image:
         now = solvers.upstream_digest(section.base_image, selection)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imagebuild.compat import ORDERS, Verdict, blocked_error, judge, judge_range
+from imagebuild.kernels import allowed_range
 from imagebuild.load import Selection
 from imagebuild.lock import LockedKmod, LockedPackage, Section, fill
 
@@ -70,6 +71,11 @@ class Plan:
         return LockedKmod(version=known or f"<unlocked: {name}.version>")
 
     @property
+    def kernel_reason(self) -> str:
+        """Why it is this kernel; empty while it is not locked."""
+        return self.section.kernel_reason if self.section else ""
+
+    @property
     def target(self) -> Node:
         """The node that was asked for."""
         return self.nodes[-1]
@@ -99,14 +105,14 @@ def plan(selection: Selection, section: Section | None, *, allow_blocked: bool =
     ]
     if selection.tier >= 2:
         below = "tier1"
-        if base.kernel.packages:
+        if _own_kernel(selection, section):
             nodes.append(
                 Node(
                     "kernel",
                     "kernel",
                     "the one kernel of the image",
                     (below,),
-                    base.kernel.packages,
+                    base.kernel.packages or base.kernel.replace,
                     transactions.get("kernel", ()),
                 )
             )
@@ -151,12 +157,23 @@ def plan(selection: Selection, section: Section | None, *, allow_blocked: bool =
     return Plan(selection, section, tuple(nodes), verdicts, tuple(selection.notices))
 
 
+def _own_kernel(selection: Selection, section: Section | None) -> bool:
+    """Tell whether the kernel is a matter of ours: installed by us, or one of several in the base image."""
+    if section is None:
+        return bool(selection.base.kernel.packages) or selection.kernel is not None
+    return bool(section.transactions.get("kernel")) or section.base_kernels not in (
+        (),
+        (section.kernel_release,),
+    )
+
+
 def _verdicts(selection: Selection, section: Section | None) -> list[Verdict]:
     order = ORDERS[selection.base.package_manager]
     found = []
     for name, (kmod, piece) in selection.kmods.items():
         if section is None:
-            found.append(judge_range(name, kmod.version, selection.base.kernel.range, piece.rules, order))
+            allowed = allowed_range(selection.base.kernel.range, selection.kernel)
+            found.append(judge_range(name, kmod.version, allowed, piece.rules, order))
         else:
             driver = section.kmods[name].version
             found.append(judge(name, driver, section.kernel_release, piece.rules, order))

@@ -14,17 +14,26 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from imagebuild import images
-from imagebuild.definitions import ImageDigest, KernelRelease, Line, PackageName, PackageVersion, Uri
+from imagebuild.definitions import (
+    ImageDigest,
+    InnerPath,
+    KernelRelease,
+    Line,
+    PackageName,
+    PackageVersion,
+    Uri,
+)
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
 from imagebuild.load import Selection
 from imagebuild.run import Result, run
-from imagebuild.sources import Location, mirrored, registry_reference
+from imagebuild.sources import Location, mirrored, pinned_source, registry_reference, untagged
 from imagebuild.state import State
 
 INSTALLERS = Path(__file__).parent / "installers"
@@ -34,7 +43,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """A repository of the base image that packages come from, and its keys inside the image."""
 
     uri: Uri
-    keys: tuple[Line, ...] = ()
+    keys: tuple[InnerPath, ...] = ()
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +65,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ask(Protocol):
-    """Puts one question to an open solver; what is not given is not asked."""
+    """Puts one question to an open solver; what is not given is not asked.
+
+    `done` are transactions of an earlier answer, which others come after.
+    """
 
     def __call__(
         self,
@@ -64,6 +76,7 @@ class Ask(Protocol):
         base_only: bool = False,
         promises: Sequence[Mapping[str, Any]] = (),
         transactions: Sequence[Mapping[str, Any]] = (),
+        done: Mapping[str, Any] = MappingProxyType({}),
         candidates: Sequence[str] = (),
         releases_of: Sequence[str] = (),
         offered: Sequence[str] = (),
@@ -148,6 +161,7 @@ def _apt(
             "promises": [_stanza(promise) for promise in promises],
             "update": update,
             "release_from": selection.base.kernel.release_from,
+            "done": dict(asked.get("done", {})),
             **{name: list(asked.get(name, ())) for name in _ASKED},
         }
         return _answer(_run_apt(question), "apt")
@@ -161,12 +175,13 @@ _ASKED = ("transactions", "candidates", "releases_of", "offered")
 
 def _run_apt(question: Mapping[str, Any]) -> Result:
     # -I: no module of the current folder or of $PYTHONPATH gets in.
-    python = ["/usr/bin/python3", "-I"]
-    if run([*python, "-c", "import apt_pkg"], check=False).returncode != 0:
+    argv = ["/usr/bin/python3", "-I", str(INSTALLERS / "apt/solve.py")]
+    result = run(argv, stdin=json.dumps(question), check=False)
+    if "No module named 'apt" in result.stderr:
         raise UnavailableError(
             "python-apt is not installed", help="install it: apt-get install -y python3-apt"
         )
-    return run([*python, str(INSTALLERS / "apt/solve.py")], stdin=json.dumps(question), check=False)
+    return result
 
 
 def apt_sources(location: Location, arch: str) -> list[str]:
@@ -227,14 +242,14 @@ def _dnf(
             "locking this base needs root: its own dnf runs in a container of the base image",
             help="run it as root, in a root CI container, or with sudo",
         )
-    reference, verify = registry_reference(base.tier1.image, selection.mirrors)
-    name = images.without_tag(base.tier1.image)
-    on_line(f"tier 1: {name}@{base_digest}")
-    images.ensure(name, base_digest, f"docker://{images.without_tag(reference)}@{base_digest}", verify)
+    upstream = f"{untagged(base.tier1.image)}@{base_digest}"
+    on_line(f"tier 1: {upstream}")
+    source, verify = pinned_source(base.tier1.image, base_digest, selection.mirrors)
+    images.ensure(untagged(base.tier1.image), base_digest, source, verify)
     defined = {repository.name for repository, _ in selection.repositories}
     relocated = {id_: place for id_, place in mirrored(selection, state).items() if id_ not in defined}
     isolation, _ = images.isolation(state)
-    with state.work("dnf") as folder, images.container(f"{name}@{base_digest}") as container:
+    with state.work("dnf") as folder, images.container(upstream) as container:
         shutil.copyfile(INSTALLERS / "dnf/solve.py", folder / "solve.py")
         keys = {name: _put_key(location.key, folder, name) for name, location in locations.items()}
         moved = {
@@ -269,9 +284,13 @@ def _dnf(
                 "prefer": dict(prefer),
                 "promises": list(promises),
                 "release_from": base.kernel.release_from,
+                "done": dict(asked.get("done", {})),
                 **{name: list(asked.get(name, ())) for name in _ASKED},
             }
-            (folder / "question.json").write_text(json.dumps(question))
+            place = folder / "question.json"  # a proxy may come with a password
+            place.unlink(missing_ok=True)
+            place.touch(mode=0o600)
+            place.write_text(json.dumps(question))
             python = ["python3", "-I", f"{_INSIDE}/solve.py", f"{_INSIDE}/question.json"]
             return _answer(container(python, isolation=isolation, volumes=volumes), "dnf")
 

@@ -37,12 +37,32 @@ class Location:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file to have in the store: what it is, where from, its SHA-256 and size in bytes (0: unknown)."""
+    """One file to have in the store: what it is, where from, its SHA-256 and size in bytes (0: unknown).
+
+    `package` is its name where it is one.
+    """
 
     what: str
     uri: str
     sha256: str
     size: int = 0
+    package: str = ""
+
+
+class GoneError(ImgbuildError):
+    """Files are no longer where the lock found them."""
+
+    def __init__(self, gone: Sequence[Wanted]) -> None:
+        super().__init__(
+            f"the mirror no longer has {len(gone)} of the files that are locked",
+            lines=[f"{item.what} is not at {shown(item.uri)}" for item in gone],
+            help="`imgbuild lock` locks what there is now, and keeps the rest as it is",
+        )
+        self.gone = tuple(gone)
+
+
+class _NotThereError(ImgbuildError):
+    """The server answers that there is no such file."""
 
 
 def host_locations() -> dict[str, str]:
@@ -224,7 +244,7 @@ def _get(uri: str, place: Path, what: str, session: Any = None, limit: int = 0) 
         source = Path(unquote(urlsplit(uri).path))
         try:
             if not source.is_file():
-                raise ImgbuildError(f"{what} is not at {safe}")
+                raise _NotThereError(f"{what} is not at {safe}")
             shutil.copyfile(source, place)
         except OSError as error:
             raise ImgbuildError(f"cannot copy {what} from {safe} to `{place}`: {error.strerror}") from None
@@ -234,7 +254,7 @@ def _get(uri: str, place: Path, what: str, session: Any = None, limit: int = 0) 
     try:
         with (session or _session()).get(uri, stream=True, timeout=(15, 60)) as response:
             if response.status_code in (403, 404, 410):
-                raise ImgbuildError(f"{what} is not at {safe} (HTTP {response.status_code})")
+                raise _NotThereError(f"{what} is not at {safe} (HTTP {response.status_code})")
             if response.status_code != 200:
                 raise UnavailableError(f"{what}: {safe} answers HTTP {response.status_code}")
             with place.open("wb") as file:
@@ -259,24 +279,23 @@ def fetch(
 
     Raises:
         UnavailableError: a server cannot be reached.
-        ImgbuildError: a file is gone, or is not what the lock says.
+        GoneError: files are no longer there; all of them are named.
+        ImgbuildError: a file is not what the lock says.
     """
     missing = list({w.sha256: w for w in wanted if not state.has(w.sha256)}.values())
     if not missing:
         return 0, 0
     session = _session()
     with state.work("download") as folder:
+        gone: list[Wanted] = []
 
         def one(item: Wanted) -> int:
             part = folder / item.sha256
             try:
                 _get(item.uri, part, item.what, session, item.size)
-            except ImgbuildError as error:
-                if type(error) is ImgbuildError and not error.help:
-                    error.help = (
-                        "the mirror no longer has what is locked; `imgbuild lock` locks what it has now"
-                    )
-                raise
+            except _NotThereError:
+                gone.append(item)
+                return 0
             got = part.stat().st_size
             if sha256_of(part) != item.sha256:
                 raise ImgbuildError(
@@ -295,6 +314,8 @@ def fetch(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if gone:
+            raise GoneError(sorted(gone, key=lambda item: item.what))
     return len(missing), sum(sizes)
 
 
@@ -314,6 +335,7 @@ def wanted_packages(packages: Iterable[Any], locations: Mapping[str, Location]) 
                 f"{location.uri}/{package.path}",
                 package.sha256,
                 package.size,
+                package.name,
             )
         )
     return found

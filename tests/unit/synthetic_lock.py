@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from imagebuild.load import Selection
-from imagebuild.lock import LockedKmod, LockedPackage, Section, fill, request_of
+from imagebuild.lock import LockedKmod, LockedPackage, LockedRepository, Section, fill, request_of
 
 RELEASES = {"apt": "6.12.117+deb13-amd64", "dnf": "6.12.0-150.el10.x86_64"}
 DRIVERS = {"nvidia": "550.163.01", "zfs": "2.3.4"}
@@ -17,7 +17,8 @@ def locked_package(
     """A package as a lock has it; `salt` gives it other bytes."""
     suffix = {"apt": "deb", "dnf": "rpm"}[selection.base.package_manager]
     digest = hashlib.sha256(f"{name} {version} {salt}".encode()).hexdigest()
-    names = [repository.name for repository, _ in selection.repositories]
+    rpm = selection.base.package_manager == "dnf"
+    names = [r.name for r, _ in selection.repositories if r.key or not rpm]
     return LockedPackage(
         name=name,
         version=version,
@@ -53,8 +54,7 @@ def synthetic_section(
     kmods = {}
     if selection.tier >= 2:
         if base.kernel.packages:
-            carrier = [base.kernel.release_from] if base.kernel.release_from else []
-            transactions["kernel"] = packages([*base.kernel.packages, *carrier])
+            transactions["kernel"] = packages([*base.kernel.packages, base.kernel.release_from])
         if selection.kmods:
             transactions["builder"] = packages([*base.kernel.headers, *base.toolchain])
         for name, (kmod, _) in selection.kmods.items():
@@ -72,10 +72,17 @@ def synthetic_section(
                 transactions[f"kmod-{name}"] = packages(kmod.build_packages)
         specs = [spec for piece in selection.pieces for spec in piece.part.packages]
         transactions["tier2"] = packages([*specs, *(f"filler-{i:04}" for i in range(fillers))])
+    image = base.tier1.image or ""
+    digest = f"sha256:{'ab' * 32}" if image else ""
+    own = {"image": LockedRepository(uri="http://mirror.example/image", keys=("/etc/pki/rpm-gpg/KEY",))}
     return Section(
-        request=request_of(selection),
+        request=request_of(selection, digest),
         kernel_release=release,
-        base_digest=f"sha256:{'ab' * 32}" if base.tier1.image else "",
+        base_image=image,
+        base_digest=digest,
+        base_kernels=(release,) if image else (),
+        repositories=own if image else {},
+        keys={repository.name: "cd" * 32 for repository, _ in selection.repositories if repository.key},
         kmods=kmods,
         transactions=transactions,
     )

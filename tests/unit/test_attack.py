@@ -16,7 +16,7 @@ import pytest
 from conftest import Outcome, Site
 from synthetic_lock import synthetic_section
 
-from imagebuild import build, images, lock, sources, state
+from imagebuild import build, images, lock, solvers, sources, state
 from imagebuild.definitions import MirrorMap
 from imagebuild.documents import parse, read_yaml
 from imagebuild.errors import DefinitionError, ImgbuildError, UnavailableError
@@ -222,7 +222,7 @@ def test_solver_takes_no_module_from_the_current_folder(site: Site, monkeypatch:
                                 "repositories": {}, "prefer": {}, "promises": [], "update": False,
                                 "transactions": [], "candidates": []}  # fmt: skip
     try:
-        lock._ask_apt(question)
+        solvers._run_apt(question)
     except UnavailableError as error:
         assert "python-apt" in error.what
     assert not (site.folder / "owned").exists()
@@ -290,7 +290,7 @@ def test_key_path_that_would_be_several_words_is_refused() -> None:
     repository = Repository(name="x", suites=("a",), components=("b",))
     for path in ("/my state/k.asc", "/a,b/k.asc", "/a]/k.asc", "/a\n/k.asc"):
         with pytest.raises(DefinitionError):
-            lock.apt_sources(sources.Location(repository, "http://x", Path(path)), "amd64")
+            solvers.apt_sources(sources.Location(repository, "http://x", Path(path)), "amd64")
 
 
 @pytest.mark.parametrize("label", ["right", "wrong"])

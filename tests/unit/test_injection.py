@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from imagebuild.definitions import FORMATS
 from imagebuild.errors import DefinitionError
 from imagebuild.load import shipped
-from imagebuild.lock import apt_sources
 from imagebuild.render import Rendered, label_quote, shell_quote, write_context
+from imagebuild.solvers import apt_sources
 from imagebuild.sources import Location
 
 Imgbuild = Callable[..., Outcome]

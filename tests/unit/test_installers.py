@@ -25,11 +25,13 @@ def install_rpms(tmp_path: Path, dnf: str) -> subprocess.CompletedProcess[str]:
     programs.mkdir()
     packages.mkdir()
     (packages / "driver.rpm").touch()
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/packages").write_text("driver.rpm metadata\n")
     fake(programs, "dnf", dnf)
     fake(programs, "rpm", "echo driver-1-1.x86_64")
     return subprocess.run(
         ["sh", str(INSTALLERS / "dnf/install.sh"), str(packages)],
-        env={"PATH": f"{programs}:{os.environ['PATH']}"},
+        env={"PATH": f"{programs}:{os.environ['PATH']}", "KEYS": str(tmp_path / "keys")},
         capture_output=True,
         text=True,
         check=False,

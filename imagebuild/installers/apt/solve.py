@@ -6,13 +6,14 @@ object on stdin and writes one on stdout:
     in   {"folder": str, "arch": str, "sources": [line], "promises": [stanza], "prefer": {name: version},
           "repositories": {name: uri}, "update": bool, "release_from": pattern, "releases_of": [pattern],
           "transactions": [{"name": str, "after": [name], "install": [spec], "essential": bool}],
-          "candidates": [spec], "offered": [name]}
+          "done": {transaction: [package]}, "candidates": [spec], "offered": [name]}
     out  {"transactions": {name: [package]}, "releases": {transaction: [kernel release]},
           "candidates": {spec: package}, "offered": {name: [version]},
           "releases_of": {pattern: {release: version}}}
          or {"error": {"kind": "unreachable" | "unresolvable", "what": str, "lines": [str]}}
 
-A transaction is solved on top of those it comes `after`, so its result is what it adds to them.
+A transaction is solved on top of those it comes `after`, so its result is what it adds to them;
+`done` are the results of some that were solved before.
 Promises are dpkg status stanzas of packages that do not exist yet (kmods before they are compiled).
 """
 
@@ -95,7 +96,9 @@ class Solver:
         self.sources = apt_pkg.SourceList()
         self.sources.read_main_list()
         self.arch = question["arch"]
-        self.done = {}
+        self.done = {
+            name: [(p["name"], p["version"]) for p in packages] for name, packages in question["done"].items()
+        }
 
     def package(self, version):
         """One package version as plain data: where it lies, how long it is, and its SHA-256."""

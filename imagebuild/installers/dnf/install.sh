@@ -1,19 +1,30 @@
 #!/bin/sh
-# install.sh FOLDER...: install exactly the package files in these folders, without any repository.
+# install.sh FOLDER [KMODS...]: install exactly the package files in these folders, without any repository.
 set -eu
-# shellcheck disable=SC2046 # names of package files have no white space
-set -- $(for folder; do find "$folder" -name '*.rpm'; done | sort)
-[ $# -gt 0 ] || exit 0
+folder=$1
+shift
 log=/tmp/imgbuild-dnf.log
-dnf --assumeyes --disablerepo='*' --setopt=install_weak_deps=0 --setopt=best=1 --setopt=localpkg_gpgcheck=0 \
-    install "$@" > "$log" 2>&1 || { cat "$log"; exit 1; }
-cat "$log"
-# dnf exits 0 when a scriptlet failed: only its output tells.
-if grep -E 'scriptlet failed|Error in [A-Z]+ scriptlet' "$log"; then
-    echo "imgbuild: a package's scriptlet failed (see above)"
-    exit 1
-fi
-rm -f "$log"
-for rpm; do
-    rpm --query "$(rpm --query --package --queryformat '%{NEVRA}' "$rpm")"
-done
+
+# install RPM...: one transaction; what dnf keeps to itself counts too.
+install() {
+    [ $# -gt 0 ] || return 0
+    # Signatures are a matter of verify.sh, which knows whose key each package needs.
+    dnf --assumeyes --disablerepo='*' --noplugins --setopt=install_weak_deps=0 --setopt=best=1 \
+        --setopt=localpkg_gpgcheck=0 install "$@" > "$log" 2>&1 || { cat "$log"; exit 1; }
+    cat "$log"
+    # dnf exits 0 when a scriptlet failed: only its output tells.
+    if grep -E 'scriptlet failed|Error in [A-Z]+ scriptlet' "$log"; then
+        echo "imgbuild: a package's scriptlet failed (see above)"
+        exit 1
+    fi
+    rm -f "$log"
+    for rpm; do
+        rpm --query "$(rpm --query --package --nosignature --queryformat '%{NEVRA}' "$rpm")"
+    done
+}
+
+# shellcheck disable=SC2046 # names of package files have no white space
+[ $# = 0 ] || install $(for kmods; do find "$kmods" -name '*.rpm'; done | sort)
+sh "$(dirname "$0")/verify.sh" "$folder"
+# shellcheck disable=SC2046
+install $(find "$folder" -name '*.rpm' | sort)

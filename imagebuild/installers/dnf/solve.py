@@ -9,14 +9,15 @@ under imgbuild's own. Reads one JSON object from the file in argv and writes one
           "promises": [{"name", "epoch", "version", "arch", "provides": [capability], "conflicts": [name]}],
           "prefer": {name: version}, "release_from": pattern, "releases_of": [pattern],
           "transactions": [{"name": str, "after": [name], "install": [spec], "promised": bool}],
-          "candidates": [spec], "offered": [name]}
+          "done": {transaction: [package]}, "candidates": [spec], "offered": [name]}
     out  {"transactions": {name: [package]}, "releases": {transaction: [kernel release]},
           "candidates": {spec: package}, "offered": {name: [version]},
           "kernels": [release], "releases_of": {pattern: {release: version}},
           "repositories": {id: {"uri": str, "keys": [path]}}, "dropped": [name]}
          or {"error": {"kind": "unreachable" | "untrusted" | "unresolvable", "what": str, "lines": [str]}}
 
-A transaction is solved on top of those it comes `after`, so its result is what it adds to them.
+A transaction is solved on top of those it comes `after`, so its result is what it adds to them;
+`done` are the results of some that were solved before.
 Promises are packages that do not exist yet (kmods before they are compiled). A repository without a
 location is one of the image's own, which may be switched off there.
 """
@@ -41,7 +42,7 @@ class SolveError(Exception):
 
 def entry(capability):
     """A capability such as `nvidia-kmod = 3:550.163.01` as repository metadata writes it."""
-    name, relation, version = (capability.split() + ["", ""])[:3]
+    name, relation, version = [*capability.split(), "", ""][:3]
     text = f"<rpm:entry name={quoteattr(name)}"
     if relation:
         epoch, _, rest = version.rpartition(":")
@@ -160,6 +161,11 @@ class Solver:
             kind = "untrusted" if re.search("GPG|gpg|[Ss]ignature", text) else "unreachable"
             raise SolveError(kind, text.split(": ", 1)[0], [text]) from None
         self.own = own
+        for name, packages in self.question["done"].items():
+            wanted = {(p["name"], p["version"], p["arch"]) for p in packages}
+            query = self.available().filter(name=[p["name"] for p in packages])
+            found = [p for p in query if (p.name, p.evr, p.arch) in wanted]
+            self.done[name] = {str(p): p for p in found}
 
     def package(self, found):
         kind, sha256 = found.returnIdSum() or ("", "")

@@ -1,6 +1,7 @@
 #!/bin/sh
 # unpack.sh FROM TO: unpack every package and tarball in FROM, or copy the tree it holds; run nothing of it.
 set -eu
+sh "$(dirname "$0")/verify.sh" "$1"
 for file in "$1"/*; do
     case $file in
         *.rpm) (cd "$2" && rpm2archive --nocompression - < "$file" | tar --extract --no-same-owner) ;;
