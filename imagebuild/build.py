@@ -21,19 +21,22 @@ from typing import Any, Literal
 from imagebuild import images, run
 from imagebuild.compat import Verdict
 from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.lock import offered
 from imagebuild.plan import Node, Plan
 from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
 from imagebuild.report import Report, Step, seconds, size
 from imagebuild.sources import (
+    GoneError,
+    Location,
     Wanted,
     fetch,
-    locate,
+    locate_locked,
     pinned_source,
     registry_reference,
     untagged,
     wanted_packages,
 )
-from imagebuild.state import State
+from imagebuild.state import State, sha256_of
 
 Status = Literal["cached", "pulled", "built", "not needed"]
 
@@ -331,7 +334,10 @@ class _Builder:
                 if step is not None:
                     step.line(f"{size(got)} of {size(download)}: {item.what}")
 
-            files, bytes_ = fetch(wanted, self.state, on_file)
+            try:
+                files, bytes_ = fetch(wanted, self.state, on_file)
+            except GoneError as error:
+                raise self._offered_now(error) from None
             if step is not None:
                 step.outcome = f"{files} files, {size(bytes_)} downloaded and verified"
         if any(item.node.kind == "upstream" for item in todo):
@@ -348,6 +354,21 @@ class _Builder:
             pulled = images.ensure(name, digest, source, verify)
             step.outcome = "pulled" if pulled else "there already"
 
+    def _offered_now(self, error: GoneError) -> ImgbuildError:
+        """The error for files that are gone, with the versions there are now."""
+        names = {item.package for item in error.gone if item.package}
+        try:
+            assert self.plan.section is not None
+            found = offered(self.plan.selection, self.plan.section, names, self.state)
+        except ImgbuildError as other:
+            found = {}
+            error.lines = (*error.lines, f"what there is now cannot be told: {other.what}")
+        locked = {p.name: p.version for p in self.plan.section.packages()} if self.plan.section else {}
+        for name in sorted(found):
+            now = ", ".join(found[name][-3:]) or "nothing of that name"
+            error.lines = (*error.lines, f"{name}: locked {locked.get(name, '?')}, offered {now}")
+        return error
+
     def _expected_s(self, item: Rendered) -> float:
         """Seconds a node took last time, else what its definition or its packages let expect."""
         last = self.state.journal(journal_name(self.plan, item.node)).get("seconds")
@@ -357,6 +378,27 @@ class _Builder:
             return self.plan.selection.kmods[item.node.kmod][0].cpu_s / (os.cpu_count() or 1)
         return 10 + sum(p.size for p in item.packages) / 10e6
 
+    def _locations(self) -> dict[str, Location]:
+        """Every repository the lock takes packages from."""
+        section = self.plan.section
+        own = {name: found.uri for name, found in section.repositories.items()} if section else {}
+        return locate_locked(self.plan.selection, own, self.state)
+
+    def _take_keys(self, todo: Sequence[Rendered]) -> None:
+        """Have the locked repository keys in the store."""
+        missing = {n: k for item in todo for n, k in item.keys.items() if not self.state.has(k)}
+        if not missing:
+            return
+        locations = self._locations()
+        for name, sha256 in sorted(missing.items()):
+            key = locations[name].key if name in locations else None
+            if key is None or sha256_of(key) != sha256:
+                raise ImgbuildError(
+                    f"the key of repository `{name}` is not the one that was locked",
+                    help="`imgbuild lock` tells more",
+                )
+            self.state.keep(key, sha256)
+
     def _wanted(self, todo: Sequence[Rendered]) -> list[Wanted]:
         packages = [p for item in todo for p in item.packages]
         absent = [p for p in packages if not self.state.has(p.sha256)]
@@ -364,8 +406,9 @@ class _Builder:
         if damaged:
             self.report.say(f"warning: damaged in the store, fetched again: {', '.join(sorted(damaged))}")
         wanted: list[Wanted] = []
+        self._take_keys(todo)
         if absent:
-            wanted += wanted_packages(absent, locate(self.plan.selection, self.state))
+            wanted += wanted_packages(absent, self._locations())
         for item in todo:
             if item.tarball:
                 uri, sha256 = item.tarball
@@ -434,7 +477,8 @@ class _Builder:
         labels = {f"{LABEL_PREFIX}.key": item.key, f"{LABEL_PREFIX}.node": item.node.name}
         with self.state.work(item.node.name) as work:
             context = work / "context"
-            paths = {p.sha256: self.state.stored(p.sha256) for p in item.packages}
+            paths = {sha256: self.state.stored(sha256) for sha256 in item.keys.values()}
+            paths |= {p.sha256: self.state.stored(p.sha256) for p in item.packages}
             if item.tarball:
                 paths[item.tarball[1]] = self.state.stored(item.tarball[1])
             for sha256, path in paths.items():

@@ -281,6 +281,12 @@ class Part(Strict, frozen=True, kw_only=True):
     """Packages that must be of exactly the modules' version."""
     firmware: RelativePath | None = None
     """Folder of the firmware that belongs to the modules; `{version}` is filled in."""
+    libraries: tuple[Name, ...] = ()
+    """Libraries that carry the modules' version in their names: `libacme` for libacme.so.VERSION."""
+    rivals: tuple[Name, ...] = ()
+    """Modules of the kernel that would take the same cards, and must not load by themselves."""
+    cdi_generator: RelativePath | None = None
+    """The program that writes the CDI specification of the cards."""
 
 
 class Vendor(Part, frozen=True, kw_only=True):

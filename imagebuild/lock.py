@@ -38,7 +38,7 @@ from imagebuild.documents import nearest
 from imagebuild.errors import DefinitionError, ImgbuildError
 from imagebuild.load import Selection
 from imagebuild.report import Report
-from imagebuild.sources import Location, locate
+from imagebuild.sources import Location, locate, mirrored
 from imagebuild.state import State, sha256_of, write_whole
 
 LOCK_FILE = "imgbuild.lock"
@@ -405,6 +405,9 @@ def resolve(
             selection, locations, state, prefer=kept.prefer, base_digest=base_digest, on_line=step.line
         ) as ask:
             section = _solve(selection, ask, kept, allow_blocked, step.line)
+        # A mirror of one of the base image's own repositories may come with a key of its own.
+        own = {n: p for n, p in mirrored(selection, state).items() if n in section.repositories and p.key}
+        keys |= _check_keys(own, trusted_keys(known), state)
         section = msgspec.structs.replace(
             section,
             request=request_of(selection, base_digest),

@@ -62,6 +62,8 @@ class Rendered:
     inputs: Mapping[str, str] = field(default_factory=dict)
     tarball: tuple[str, str] | None = None
     """URL and SHA-256 of a source tarball."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Repository → SHA-256 of the key that its packages are verified with."""
 
 
 def shell_quote(value: object) -> str:
@@ -116,24 +118,29 @@ def _render_node(plan: Plan, node: Node, done: Mapping[str, Rendered]) -> Render
     selection = plan.selection
     files = {file.path: file for file in _context(plan, node)}
     images = {name: done[name].image or _unlocked_image(plan, name) for name in node.parents}
+    packages = (*node.packages, node.source) if node.source else node.packages
+    keys = _keys(plan, packages)
+    if plan.selection.base.package_manager == "dnf" and node.kind in _SCRIPTS:
+        files["keys/packages"] = _text("keys/packages", _signatures(plan, packages))
     values = {
         "node": node,
+        "keyed": "keys/packages" in files,
         "origin": _origin(selection, node),
         "image": images,
         "upstream": _upstream(plan),
         "kernel_release": plan.kernel_release,
         "compression": selection.base.module_compression,
+        "bootc": selection.base.bootc,
         "kmod": _kmod_values(plan, node),
         "kmod_images": [(name, images[name]) for name in node.parents[1:]],
         "units": _units(selection) if node.kind == "tier" else Units(),
-        "labels": _labels(plan) if node.kind == "tier" else [],
+        "labels": _labels(plan, files) if node.kind == "tier" else [],
     }
     text = _environment().get_template(str(shipped() / "Containerfile.tmpl")).render(values)
     tarball = _tarball(plan, node)
-    packages = (*node.packages, node.source) if node.source else node.packages
     if not plan.locked:
         return Rendered(node, text, tuple(files.values()), (), None, None, {}, tarball)
-    inputs = _inputs(node, text, files, images, packages, done, tarball)
+    inputs = _inputs(node, text, files, images, packages, done, tarball, keys)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return Rendered(
         node,
@@ -144,7 +151,44 @@ def _render_node(plan: Plan, node: Node, done: Mapping[str, Rendered]) -> Render
         f"{REPOSITORY}/{selection.base_name}-{node.name}:{key}",
         inputs,
         tarball,
+        keys,
     )
+
+
+def _keys(plan: Plan, packages: Sequence[LockedPackage]) -> dict[str, str]:
+    """SHA-256 of the keys that sign some of these packages, by repository."""
+    if plan.section is None or plan.selection.base.package_manager != "dnf":
+        return {}
+    used = {package.repository for package in packages}
+    unsigned = {r.name for r, _ in plan.selection.repositories if "packages" not in r.signed}
+    return {name: key for name, key in sorted(plan.section.keys.items()) if name in used - unsigned}
+
+
+def _signatures(plan: Plan, packages: Sequence[LockedPackage]) -> str:
+    """Which key each package file has to be signed with, a line each: FILE KEY...
+
+    KEY is a path inside the builder, or `metadata` where not the packages but the list of their SHA-256
+    is signed, which was verified when they were locked.
+    """
+    if plan.section is None:
+        return ""
+    defined = {r.name: r for r, _ in plan.selection.repositories}
+    lines = []
+    for package in packages:
+        repository = defined.get(package.repository)
+        own = plan.section.repositories.get(package.repository)
+        if package.repository in plan.section.keys:
+            signed = repository is None or "packages" in repository.signed
+            keys = [f"/run/imgbuild/keys/{package.repository}.asc"] if signed else ["metadata"]
+        elif own is not None:
+            keys = list(own.keys) or ["metadata"]
+        else:
+            raise DefinitionError(
+                f"nothing vouches for package `{package.name}` of repository `{package.repository}`",
+                help="give the repository a `key`",
+            )
+        lines.append(" ".join([Path(package.path).name, *keys]))
+    return "\n".join(sorted(lines)) + "\n"
 
 
 def _inputs(
@@ -155,6 +199,7 @@ def _inputs(
     packages: Sequence[LockedPackage],
     done: Mapping[str, Rendered],
     tarball: tuple[str, str] | None,
+    keys: Mapping[str, str],
 ) -> dict[str, str]:
     """Everything that can change the node's bytes, by a name a person understands."""
     for name, image in images.items():  # parents count by their own entries
@@ -165,6 +210,8 @@ def _inputs(
     for package in packages:
         name, what = f"package {package.name}:{package.arch}", f"{package.version} {package.sha256}"
         found[name] = f"{found[name]}, {what}" if name in found else what
+    for name, sha256 in keys.items():
+        found[f"key of {name}"] = sha256
     for name in node.parents:
         found[f"parent {name}"] = done[name].key or ""
     if tarball:
@@ -234,7 +281,7 @@ def _units(selection: Selection) -> Units:
     return Units(enable=enabled, disable=disabled, mask=masked)
 
 
-def _labels(plan: Plan) -> list[tuple[str, str]]:
+def _labels(plan: Plan, files: Mapping[str, ContextFile]) -> list[tuple[str, str]]:
     """What an image says of itself; `check` holds it to that."""
     selection = plan.selection
     units = _units(selection)
@@ -247,6 +294,10 @@ def _labels(plan: Plan) -> list[tuple[str, str]]:
         "kmods": " ".join(f"{name}={plan.kmod(name).version}" for name in selection.kmods),
         "units": json.dumps({"enable": list(units.enable), "mask": list(units.mask)}, sort_keys=True),
         "same-version": json.dumps(_same_version(plan), sort_keys=True),
+        "rivals": " ".join(dict.fromkeys(name for p in selection.pieces for name in p.part.rivals)),
+        "cdi-generator": " ".join(p.part.cdi_generator for p in selection.pieces if p.part.cdi_generator),
+        # What of packages' files these replace is meant to be different.
+        "files": json.dumps(sorted(f"/{path[6:]}" for path in files if path.startswith("files/usr/"))),
     }
     labels = [(f"{LABEL_PREFIX}.{key}", value) for key, value in sorted(found.items())]
     if selection.base.bootc:
@@ -267,6 +318,8 @@ def _same_version(plan: Plan) -> dict[str, Any]:
             packages = {p: installed[p] for p in piece.part.same_version if p in installed}
             if packages:
                 entry["packages"] = packages
+            if piece.part.libraries:
+                entry["libraries"] = list(piece.part.libraries)
             found[name] = entry
     return found
 
@@ -293,10 +346,10 @@ def _context(plan: Plan, node: Node) -> Iterator[ContextFile]:
 
 
 _SCRIPTS: Mapping[str, tuple[str, ...]] = {
-    "kernel": ("install.sh", "kernel.sh", "clean.sh"),
-    "builder": ("install.sh",),
-    "kmod": ("install.sh", "kmod.sh", "pack.sh", "unpack.sh"),
-    "tier": ("install.sh", "units.sh", "initramfs.sh", "clean.sh"),
+    "kernel": ("install.sh", "verify.sh", "kernel.sh", "clean.sh"),
+    "builder": ("install.sh", "verify.sh"),
+    "kmod": ("install.sh", "verify.sh", "kmod.sh", "pack.sh", "unpack.sh"),
+    "tier": ("install.sh", "verify.sh", "units.sh", "initramfs.sh", "clean.sh", "var.sh"),
 }
 
 
@@ -461,11 +514,11 @@ def write_context(rendered: Rendered, folder: Path, packages: Mapping[str, Path]
     """Write a node's build context.
 
     Args:
-        packages: path of each locked package's file, by SHA-256; those not named are left out.
+        packages: path of each locked package's or key's file, by SHA-256; those not named are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "Containerfile").write_text(rendered.containerfile, encoding="utf-8")
-    for name in ("packages", "scripts", "source", "kmod", "files"):
+    for name in ("packages", "scripts", "source", "kmod", "files", "keys"):
         (folder / name).mkdir(exist_ok=True)
     for file in rendered.files:
         target = folder / file.path
@@ -484,6 +537,9 @@ def write_context(rendered: Rendered, folder: Path, packages: Mapping[str, Path]
         if place is not None:
             within = "source" if source is not None and package == source else "packages"
             _place(place, folder / within / Path(package.path).name)
+    for name, sha256 in rendered.keys.items():
+        if sha256 in packages:
+            _place(packages[sha256], folder / "keys" / f"{name}.asc")
     if rendered.tarball and rendered.tarball[1] in packages:
         name = rendered.tarball[0].rsplit("/", 1)[-1]
         _place(packages[rendered.tarball[1]], folder / "source" / name)

@@ -3,7 +3,8 @@
 A check yields what is wrong. One that cannot run (a missing tool, a damaged file, a bug) becomes a
 finding `could-not-run`, which counts as failed: silence always means that somebody looked.
 
-The framework is in `table`; the checks are in `kernel`, `driver`, `layers` and `system`.
+The framework is in `table`; the checks are in `kernel`, `packages`, `driver`, `layers`, `filesystem` and
+`system`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from imagebuild.state import State
 # isort: off
 # Importing a module puts its checks into the table: this is the order they run in.
 from imagebuild.check import kernel as kernel
+from imagebuild.check import packages as packages
 from imagebuild.check import driver as driver
 from imagebuild.check import layers as layers
+from imagebuild.check import filesystem as filesystem
 from imagebuild.check import system as system
 # isort: on
 

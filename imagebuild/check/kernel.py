@@ -169,9 +169,6 @@ def _depmod_current(subject: Subject) -> Iterator[Problem | str]:
             yield f"modules.alias lacks aliases of {module.path}: {some(sorted(missing))}"
 
 
-_MODPROBE_DIRS = ("usr/lib/modprobe.d", "usr/local/lib/modprobe.d", "etc/modprobe.d")
-
-
 @contextmanager
 def _modprobe_config(subject: Subject) -> Iterator[Path]:
     """The image's modprobe.d as one folder. modprobe's `-d` moves the modules, not the configuration,
@@ -179,12 +176,8 @@ def _modprobe_config(subject: Subject) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="imgbuild-check-") as name:
         folder = Path(name)
-        for place in _MODPROBE_DIRS:  # later places win, file by file: modprobe.d(5)
-            source = subject.path(place)
-            for entry in sorted(source.glob("*.conf")) if source.is_dir() else []:
-                found = subject.path(PurePosixPath(place) / entry.name)
-                text = found.read_bytes() if found.is_file() else b""
-                (folder / entry.name).write_bytes(text)
+        for file, found in subject.config("modprobe.d").items():
+            (folder / file).write_bytes(found.read_bytes())
         yield folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,10 @@ LABEL_KMODS = "io.imgbuild.kmods"
 LABEL_TIER = "io.imgbuild.tier"
 LABEL_SAME_VERSION = "io.imgbuild.same-version"
 LABEL_UNITS = "io.imgbuild.units"
+LABEL_FILES = "io.imgbuild.files"
+LABEL_RIVALS = "io.imgbuild.rivals"
+LABEL_CDI_GENERATOR = "io.imgbuild.cdi-generator"
+LABEL_BOOTC = "containers.bootc"
 
 SHOWN = 6  # how many names of a long list a finding shows
 
@@ -152,14 +157,13 @@ def run_checks(image: CheckedImage, skip: Collection[str] = ()) -> Report:
             for problem in one.find(subject):
                 if isinstance(problem, str):
                     problem = Problem(problem)
-                findings.append(
-                    Finding(one.name, problem.severity or one.severity, problem.what, problem.fix or one.fix)
-                )
+                severity = problem.severity or one.severity
+                findings.append(Finding(one.name, severity, printable(problem.what), problem.fix or one.fix))
         except ImgbuildError as error:
             what = "; ".join((error.what, *error.lines[-3:]))
-            findings.append(Finding(one.name, "could-not-run", what, error.help or _NO_RUN_FIX))
+            findings.append(Finding(one.name, "could-not-run", printable(what), error.help or _NO_RUN_FIX))
         except Exception as error:  # a check's own crash must never look like a pass
-            what = f"{type(error).__name__}: {error}"
+            what = printable(f"{type(error).__name__}: {error}")
             findings.append(Finding(one.name, "could-not-run", what, _NO_RUN_FIX))
         if len(findings) == before:
             passed.append(one.name)
@@ -177,20 +181,54 @@ class Subject:
         self.labels = image.labels
         self.layers = image.layers
         self._symbols: dict[PurePosixPath, ModuleSymbols] = {}
+        self._folders: dict[str, Path] = {}
         self._found: dict[Callable[[Subject], Any], Any] = {}
 
     def path(self, path: str | PurePosixPath) -> Path:
         """Where a path of the image lies on this machine."""
         return inside(self.root, path)
 
+    def entry(self, path: str) -> Path:
+        """Where an entry of a folder lies on this machine: itself, even if it is a link."""
+        folder, _, name = path.rstrip("/").rpartition("/")
+        if folder not in self._folders:
+            self._folders[folder] = self.path(folder)
+        return self._folders[folder] / name
+
+    def inner(self, path: Path) -> str:
+        """The path in the image of what lies at `path` on this machine."""
+        return f"/{path.relative_to(self.root)}"
+
+    def config(self, kind: str) -> dict[str, Path]:
+        """The .conf files of a folder such as `modprobe.d`, by name, where they lie on this machine.
+
+        As systemd and modprobe read them: a file of /etc hides one of /usr that has its name, and a
+        link to /dev/null leaves nothing of it.
+        """
+        found = {}
+        for place in ("usr/lib", "usr/local/lib", "etc"):
+            folder = self.path(f"{place}/{kind}")
+            for entry in folder.glob("*.conf") if folder.is_dir() else []:
+                found[entry.name] = self.path(f"{place}/{kind}/{entry.name}")
+        return {name: path for name, path in sorted(found.items()) if path.is_file()}
+
     def json_label(self, name: str) -> dict[str, Any]:
         """A label that holds a JSON object; empty without the label. Raises ImgbuildError."""
+        return self._json(name, dict)
+
+    def json_list(self, name: str) -> list[Any]:
+        """A label that holds a JSON list; empty without the label. Raises ImgbuildError."""
+        return self._json(name, list)
+
+    def _json(self, name: str, kind: type[Found]) -> Found:
         try:
-            value = json.loads(self.labels.get(name) or "{}")
+            value = json.loads(self.labels.get(name) or "null")
         except ValueError as error:
             raise ImgbuildError(f"label {name} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ImgbuildError(f"label {name} is not a JSON object")
+        if value is None:
+            return kind()
+        if not isinstance(value, kind):
+            raise ImgbuildError(f"label {name} is not a JSON {'list' if kind is list else 'object'}")
         return value
 
     @property
@@ -254,6 +292,12 @@ class Subject:
             self._found[read] = read(self)
         found: Found = self._found[read]
         return found
+
+
+def printable(text: str) -> str:
+    """Text that may hold names out of an image: what is no UTF-8 or would steer a terminal is escaped."""
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", shown)
 
 
 def some(names: Iterable[object]) -> str:

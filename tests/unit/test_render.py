@@ -265,7 +265,7 @@ def test_context_modes_do_not_depend_on_the_umask(contexts: Callable[..., dict[s
         os.umask(old)
     files = folders["tier2"] / "files"
     for path in files.rglob("*"):
-        expected = 0o755 if path.is_dir() or path.name == "cdi-generate" else 0o644
+        expected = 0o755 if path.is_dir() or path.name.startswith("cdi-") else 0o644
         assert stat.S_IMODE(path.lstat().st_mode) == expected, path
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# kernel.sh RELEASE: the kernel where bootc looks for it, and nothing in /boot.
+# kernel.sh RELEASE: the kernel where bootc looks for it, nothing in /boot, and a place for the physical root.
 set -eu
 modules=/usr/lib/modules/$1
 if [ -e "/boot/vmlinuz-$1" ]; then
@@ -9,3 +9,4 @@ if [ -e "/boot/vmlinuz-$1" ]; then
 fi
 # shellcheck disable=SC2115 # the whole of /boot is meant
 rm -rf /boot/* /vmlinuz /vmlinuz.old /initrd.img /initrd.img.old
+mkdir -p /sysroot

@@ -4,6 +4,8 @@ set -eu
 folder=$1
 shift
 log=/tmp/imgbuild-dnf.log
+# rpm writes it into its database as the time of installation: the same packages, the same bytes.
+export SOURCE_DATE_EPOCH=1700000000
 
 # install RPM...: one transaction; what dnf keeps to itself counts too.
 install() {
