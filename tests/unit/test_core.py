@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
+import textwrap
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +229,14 @@ def test_new_source_drops_the_core_and_brings_its_own(cored: Site) -> None:
     assert core(fresh) is None
     assert core(fresh + CORE.replace("make core", "make own")).build == "make own"
     assert core(CORE.replace("make core", "make own")).build == "make own"
+
+
+def test_core_in_the_documents_is_as_definitions_want_it(site: Site) -> None:
+    text = (REPOSITORY / "docs/driver-from-source.md").read_text()
+    (block,) = [b for b in re.findall(r"(?:^    .*\n|\n)+", text, re.M) if "outputs:" in b]
+    site.write("imgbuild.yaml", textwrap.dedent(block))
+    kmod = site.load("debian", "nvidia").kmods["nvidia"][0]
+    assert kmod.core is not None and len(kmod.core.outputs) == 2
 
 
 def test_kmod_with_the_name_of_a_core_is_refused(cored: Site) -> None:

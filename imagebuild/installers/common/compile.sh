@@ -42,7 +42,7 @@ if [ -n "${SOURCES:-}" ]; then
 fi
 if [ -d /run/imgbuild/core ]; then
     say "taking the core that was compiled before"
-    cp -R /run/imgbuild/core/files/. .
+    cp -R --remove-destination /run/imgbuild/core/files/. .
 fi
 
 JOBS=$(nproc)
