@@ -225,9 +225,14 @@ class _Builder:
         return [f"--{which}-tls-verify={str(verify).lower()}"]
 
     def pull_kmods(self, todo: Sequence[Rendered]) -> None:
-        """Take compiled kmods from the cache registry; a registry that is down is said and passed over."""
-        for item in todo:
-            if item.node.kind != "kmod":
+        """Take compiled kmods from the cache registry, and the cores of those that it has not.
+
+        A registry that is down is said and passed over.
+        """
+        for item in sorted(todo, key=lambda item: item.node.kind == "core"):
+            if item.node.kind not in ("kmod", "core"):
+                continue
+            if item.node.kind == "core" and f"kmod-{item.node.kmod}" in self.results:
                 continue
             with self.report.step(item.node.name, "looking in the cache registry") as step:
                 # It gets its name when it was looked at: an image under its key counts as done.
@@ -261,8 +266,8 @@ class _Builder:
             )
 
     def push_kmod(self, item: Rendered, step: Step) -> None:
-        """Put a compiled kmod into the cache registry; failing to is said, not fatal."""
-        if not self.options.cache or item.node.kind != "kmod":
+        """Put a compiled kmod or core into the cache registry; failing to is said, not fatal."""
+        if not self.options.cache or item.node.kind not in ("kmod", "core"):
             return
         try:
             images.copy(
@@ -307,7 +312,7 @@ class _Builder:
         download = sum(w.size for w in wanted if not self.state.has(w.sha256))
         installed = sum(p.size for item in todo for p in item.packages)
         # Packages unpack to about three times their size; storage holds layer and working copy.
-        disk = 3 * 2 * installed + download + sum(1_500_000_000 for i in todo if i.node.kind == "kmod")
+        disk = 3 * 2 * installed + download + sum(1_500_000_000 for i in todo if i.node.kmod)
         free = min(_free(root), _free(self.state.root))
         guess = f"about {seconds(sum(self._expected_s(item) for item in todo))}"
         self.report.say(
@@ -374,7 +379,7 @@ class _Builder:
         last = self.state.journal(journal_name(self.plan, item.node)).get("seconds")
         if isinstance(last, int | float) and math.isfinite(last) and 0 <= last < 1e6:
             return float(last)
-        if item.node.kind == "kmod":
+        if item.node.kmod:
             return self.plan.selection.kmods[item.node.kmod][0].cpu_s / (os.cpu_count() or 1)
         return 10 + sum(p.size for p in item.packages) / 10e6
 
@@ -539,7 +544,8 @@ class _Builder:
                 0, "the disk is full: free some space; the next run goes on from the last finished node"
             )
         verdict = next((v for v in self.plan.verdicts if v.kmod == item.node.kmod), None)
-        if verdict is not None and verdict.kind == "unknown" and "does not compile" in text:
+        missed = item.node.kind == "kmod" and "does not compile" in text
+        if verdict is not None and verdict.kind == "unknown" and missed:
             advice.insert(0, "no compat rule covers this pair; add one with a patch, see `imgbuild compat`")
         said = [line for line in error.lines if line.startswith("imgbuild: ")]
         what = f"{item.node.name} failed after {seconds(step.elapsed_s)}"
@@ -593,13 +599,12 @@ def probe(plan: Plan, kmod: str, state: State, report: Report) -> Probe:
         ImgbuildError: something else than the compile failed.
     """
     verdict = next(v for v in plan.verdicts if v.kmod == kmod)
-    wanted = f"kmod-{kmod}"
     bare = replace(
         plan,
         nodes=tuple(
-            replace(node, patches=()) if node.name == wanted else node
+            replace(node, patches=()) if node.kmod else node
             for node in plan.nodes
-            if node.name == wanted or node.kind not in ("kmod", "tier")
+            if node.kmod == kmod or node.kind not in ("core", "kmod", "tier")
         ),
     )
     lines: tuple[str, ...] = ()

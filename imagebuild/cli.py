@@ -529,7 +529,7 @@ def _plan_line(entry: dict[str, Any]) -> str:
     packages = (
         f", {entry['packages']} packages, {_size(entry['download_bytes'])}" if entry["packages"] else ""
     )
-    return f"{entry['name']:<14} {key:<12} {state}{packages}{parents}"
+    return f"{entry['name']:<16} {key:<12} {state}{packages}{parents}"
 
 
 @cli.command()

@@ -159,6 +159,8 @@ class Kernel(Strict, frozen=True, kw_only=True):
     """What installs another kernel than the stock one; `{release}` is filled in."""
     headers: tuple[PackageSpec, ...]
     """What modules are compiled against; `{release}` is filled in."""
+    user_headers: tuple[PackageName, ...] = ()
+    """What a compiler brings of the kernel's own source; it is taken away where a `core` is compiled."""
     image_package: PackageSpec
     """What a kmod package depends on, so that it never outlives its kernel."""
 
@@ -205,9 +207,12 @@ class KmodCore(Strict, frozen=True, kw_only=True):
     """The part of a driver that no kernel has a say in: compiled once per driver and compiler."""
 
     build: Script
-    """Shell lines run in the source folder, without kernel headers; see $JOBS and $DRIVER_VERSION."""
-    outputs: dict[RelativePath, RelativePath]
-    """What of it is kept → where it lies before the modules are built; both below the source folder."""
+    """Shell lines run in the source folder, without kernel headers; see $JOBS, $DRIVER_VERSION and
+    $SOURCE_DATE_EPOCH."""
+    sources: tuple[RelativePath, ...] = ()
+    """The files and folders it is made of; nothing else of the source is there then. Empty: all of it."""
+    outputs: Annotated[dict[RelativePath, RelativePath], Meta(min_length=1)]
+    """The files that are kept → where they lie before the modules are built; both below the source folder."""
 
 
 class Kmod(Strict, frozen=True, kw_only=True):
@@ -237,7 +242,7 @@ class Kmod(Strict, frozen=True, kw_only=True):
 
 class KmodOverride(Strict, frozen=True, kw_only=True):
     """What a site may change of a kmod. What is not named stays, but a new `source` brings its own
-    version and licences."""
+    version, licences and core."""
 
     version: Version | None = None
     """Driver version; needed when `source` is a tarball or a directory."""

@@ -343,6 +343,7 @@ def _override(kmod: Kmod, change: KmodOverride | None, site_folder: Path) -> Kmo
         version=change.version or (None if fresh else kmod.version),
         source=source,
         build=change.build or kmod.build,
+        core=change.core or (None if fresh else kmod.core),
         build_packages=build_packages,
         licences=change.licences if change.licences is not None else () if fresh else kmod.licences,
     )
@@ -456,6 +457,11 @@ def load(
                     help=nearest(name, known),
                 )
     changed = [_with_overrides(piece, site, site_folder) for piece in pieces]
+    for name, kmod in ((name, kmod) for piece in changed for name, kmod in piece.part.kmods.items()):
+        if kmod.core and f"{name}-core" in known:
+            raise DefinitionError(
+                f"kmod `{name}-core` has the name of the core of kmod `{name}`", help="give it another name"
+            )
     mirrors, mirrors_folder = site.mirrors, site_folder
     if mirror_map is not None:
         mirrors = parse(read_yaml(mirror_map), MirrorMap, describe_pattern)

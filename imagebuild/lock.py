@@ -217,6 +217,7 @@ def request_of(selection: Selection, base_digest: str = "") -> str:
             # Where a directory lies is the machine's matter, and nothing of it is locked.
             source = "directory" if kmod.source.directory else as_json(kmod.source)
             asked.append([name, kmod.version, source, list(kmod.build_packages), as_json(kmod.package)])
+            asked += ["core"] if kmod.core else []
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -636,6 +637,14 @@ def _transactions(selection: Selection, release: str) -> list[dict[str, Any]]:
                         "install": list(kmod.build_packages),
                     }
                 )
+    cores = [name for name, (kmod, _) in selection.kmods.items() if kmod.core]
+    if cores:  # on tier 1 alone: no kernel may have a say
+        found.append({"name": "toolchain", "after": ["tier1"], "install": list(selection.base.toolchain)})
+        found += [
+            {"name": f"kmod-{name}-core", "after": ["tier1", "toolchain"], "install": list(packages)}
+            for name in cores
+            if (packages := selection.kmods[name][0].build_packages)
+        ]
     if selection.tier >= 2:
         install = [spec for piece in selection.pieces for spec in piece.part.packages]
         found.append({"name": "tier2", "after": ["tier1", "kernel"], "install": install, "promised": True})

@@ -10,16 +10,16 @@ from imagebuild.kernels import allowed_range
 from imagebuild.load import Selection
 from imagebuild.lock import LockedKmod, LockedPackage, Section, fill
 
-Kind = Literal["bootstrap", "upstream", "kernel", "builder", "kmod", "tier"]
+Kind = Literal["bootstrap", "upstream", "kernel", "builder", "core", "kmod", "tier"]
 
 
 @dataclass(frozen=True)
 class Node:
     """One image of the graph.
 
-    `parents` are names of nodes: the one it is built from first, then the kmod images it takes in.
+    `parents` are names of nodes: the one it is built from first, then the kmod or core images it takes in.
     `packages` are what is installed in it, empty when not locked yet; `specs` what was asked for.
-    `source` is the package that carries a driver's source.
+    `source` is the package that carries a driver's source. A core takes those `patches` that touch it.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Plan:
 
 
 def plan(selection: Selection, section: Section | None, *, allow_blocked: bool = False) -> Plan:
-    """Lay out the graph: tier1 → kernel → builder → kmods → tier2.
+    """Lay out the graph: tier1 → kernel → builder → kmods → tier2, and tier1 → toolchain → cores → kmods.
 
     Raises:
         BlockedError: a compat rule blocks a driver, and blocked pairs were not allowed.
@@ -128,20 +128,47 @@ def plan(selection: Selection, section: Section | None, *, allow_blocked: bool =
                     transactions.get("builder", ()),
                 )
             )
+        if any(kmod.core for kmod, _ in selection.kmods.values()):
+            nodes.append(
+                Node(
+                    "toolchain",
+                    "builder",
+                    "compiler without kernel headers; thrown away",
+                    ("tier1",),
+                    base.toolchain,
+                    transactions.get("toolchain", ()),
+                )
+            )
         by_name = {verdict.kmod: verdict for verdict in verdicts}
         for name, (kmod, _) in selection.kmods.items():
             rule = by_name[name].rule
+            source = section.kmods[name].source if section else None
+            patches = (rule.patch,) if rule and rule.patch else ()
+            if kmod.core:
+                nodes.append(
+                    Node(
+                        f"kmod-{name}-core",
+                        "core",
+                        f"{kmod.summary}: the part for every kernel",
+                        ("toolchain",),
+                        kmod.build_packages,
+                        transactions.get(f"kmod-{name}-core", ()),
+                        kmod=name,
+                        source=source,
+                        patches=patches,
+                    )
+                )
             nodes.append(
                 Node(
                     f"kmod-{name}",
                     "kmod",
                     kmod.summary,
-                    ("builder",),
+                    ("builder", f"kmod-{name}-core") if kmod.core else ("builder",),
                     kmod.build_packages,
                     transactions.get(f"kmod-{name}", ()),
                     kmod=name,
-                    source=section.kmods[name].source if section else None,
-                    patches=(rule.patch,) if rule and rule.patch else (),
+                    source=source,
+                    patches=patches,
                 )
             )
         nodes.append(

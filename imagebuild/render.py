@@ -1,7 +1,9 @@
 """Node → Containerfile text, build context and key. Pure, and the same to the byte for the same input.
 
 A node's key is the SHA-256 over all that can change its bytes: the rendered Containerfile, every
-context file, the locked hashes of its packages, and through the image names its parents' keys.
+context file, the locked hashes of its packages, and through the image names its parents' keys. The core
+of a driver is made by a compiler, whatever that stands on: instead of its parent, the compiler's packages
+count, so that a new kernel, or a new base image around it, leaves it alone.
 """
 
 from __future__ import annotations
@@ -140,7 +142,12 @@ def _render_node(plan: Plan, node: Node, done: Mapping[str, Rendered]) -> Render
     tarball = _tarball(plan, node)
     if not plan.locked:
         return Rendered(node, text, tuple(files.values()), (), None, None, {}, tarball)
-    inputs = _inputs(node, text, files, images, packages, done, tarball, keys)
+    counted, parents = packages, {name: done[name].key or "" for name in node.parents}
+    if node.kind == "core":
+        with_compiler = (*packages, *(p for name in parents for p in done[name].node.packages))
+        counted = tuple(p for p in with_compiler if p.name not in selection.base.kernel.user_headers)
+        parents = {}
+    inputs = _inputs(text, files, images, counted, parents, tarball, keys)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return Rendered(
         node,
@@ -192,12 +199,11 @@ def _signatures(plan: Plan, packages: Sequence[LockedPackage]) -> str:
 
 
 def _inputs(
-    node: Node,
     text: str,
     files: Mapping[str, ContextFile],
     images: Mapping[str, str],
     packages: Sequence[LockedPackage],
-    done: Mapping[str, Rendered],
+    parents: Mapping[str, str],
     tarball: tuple[str, str] | None,
     keys: Mapping[str, str],
 ) -> dict[str, str]:
@@ -212,8 +218,8 @@ def _inputs(
         found[name] = f"{found[name]}, {what}" if name in found else what
     for name, sha256 in keys.items():
         found[f"key of {name}"] = sha256
-    for name in node.parents:
-        found[f"parent {name}"] = done[name].key or ""
+    for name, key in parents.items():
+        found[f"parent {name}"] = key
     if tarball:
         found["tarball"] = tarball[1]
     return found
@@ -230,7 +236,7 @@ def _origin(selection: Selection, node: Node) -> str:
             f"base/{selection.base_name}/{p.name}" if p.kind == "vendor" else f"layers/{p.name}"
             for p in selection.pieces
         ]
-    elif node.kind == "kmod":
+    elif node.kmod:
         piece = selection.kmods[node.kmod][1]
         names = [f"{'base/' + selection.base_name if piece.kind == 'vendor' else 'layers'}/{piece.name}"]
     return ", ".join(names)
@@ -245,7 +251,7 @@ def _upstream(plan: Plan) -> str:
 
 
 def _kmod_values(plan: Plan, node: Node) -> dict[str, Any]:
-    if node.kind != "kmod":
+    if not node.kmod:
         return {}
     kmod = plan.selection.kmods[node.kmod][0]
     locked = plan.kmod(node.kmod)
@@ -258,11 +264,14 @@ def _kmod_values(plan: Plan, node: Node) -> dict[str, Any]:
         "modules": kmod.modules,
         "licences": [within + fill_kmod(path, locked, plan.kernel_release) for path in kmod.licences],
         "package": kmod.package.name,
+        "sources": kmod.core.sources if kmod.core else (),
+        "outputs": [path for pair in kmod.core.outputs.items() for path in pair] if kmod.core else [],
+        "user_headers": plan.selection.base.kernel.user_headers,
     }
 
 
 def _tarball(plan: Plan, node: Node) -> tuple[str, str] | None:
-    if node.kind != "kmod":
+    if not node.kmod:
         return None
     kmod = plan.selection.kmods[node.kmod][0]
     if kmod.source.url is None or kmod.source.sha256 is None:
@@ -339,8 +348,10 @@ def _context(plan: Plan, node: Node) -> Iterator[ContextFile]:
         for path in sorted((_INSTALLERS / folder).glob("*.sh")):
             if path.name in _SCRIPTS[node.kind]:
                 yield _file(f"scripts/{path.name}", path)
+    if node.kmod:
+        yield from _source_context(plan, node)
     if node.kind == "kmod":
-        yield from _kmod_context(plan, node)
+        yield from _package_context(plan, node)
     if node.kind == "tier":
         yield from _tree_context(plan)
 
@@ -348,7 +359,8 @@ def _context(plan: Plan, node: Node) -> Iterator[ContextFile]:
 _SCRIPTS: Mapping[str, tuple[str, ...]] = {
     "kernel": ("install.sh", "verify.sh", "kernel.sh", "clean.sh"),
     "builder": ("install.sh", "verify.sh"),
-    "kmod": ("install.sh", "verify.sh", "kmod.sh", "pack.sh", "unpack.sh"),
+    "core": ("install.sh", "verify.sh", "remove.sh", "core.sh", "compile.sh", "unpack.sh"),
+    "kmod": ("install.sh", "verify.sh", "kmod.sh", "compile.sh", "pack.sh", "unpack.sh"),
     "tier": ("install.sh", "verify.sh", "units.sh", "initramfs.sh", "clean.sh", "var.sh"),
 }
 
@@ -369,13 +381,48 @@ def _bootstrap_script(selection: Selection) -> str:
     )
 
 
-def _kmod_context(plan: Plan, node: Node) -> Iterator[ContextFile]:
+def _source_context(plan: Plan, node: Node) -> Iterator[ContextFile]:
+    """Build lines, patches, and a source that is a folder; for a core only what it is made of."""
+    kmod, piece = plan.selection.kmods[node.kmod]
+    core = kmod.core if node.kind == "core" else None
+    build = core.build if core else kmod.build
+    yield _text("kmod/build.sh", build if build.endswith("\n") else build + "\n")
+    patched = {patch: _patched_files(piece.folder / patch) for patch in node.patches}
+    if core and core.sources:
+        patched = {
+            patch: files
+            for patch, files in patched.items()
+            if not files or any(_lies_in(file, core.sources) for file in files)
+        }
+    for patch in patched:
+        yield _file(f"kmod/patches/{Path(patch).name}", piece.folder / patch)
+    if kmod.source.directory:
+        root = Path(kmod.source.directory)
+        if not root.is_dir():
+            raise DefinitionError(f"the source of kmod `{node.kmod}` is not there: no folder {root}")
+        wanted = (*core.sources, *(f for files in patched.values() for f in files)) if core else ()
+        prefix = f"source/{_kmod_values(plan, node)['path'].removesuffix('/.')}/"
+        places = [prefix + place for place in wanted] if core and core.sources else ["source"]
+        yield from (f for f in _walk(root, "source/tree", keep_modes=True) if _lies_in(f.path, places))
+
+
+def _patched_files(patch: Path) -> list[str]:
+    """The files that a patch names, as `patch --strip=1` sees them; one too many does no harm."""
+    text = patch.read_text(encoding="utf-8", errors="surrogateescape")
+    named = re.findall(r"^(?:(?:---|\+\+\+) [^/\s]+/+|(?:rename|copy) (?:from|to) )(\S+)", text, re.M)
+    return [str(PurePosixPath(name)) for name in named]
+
+
+def _lies_in(path: str, places: Sequence[str]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
+def _package_context(plan: Plan, node: Node) -> Iterator[ContextFile]:
+    """What describes the package of a driver's modules."""
     selection = plan.selection
-    kmod, piece = selection.kmods[node.kmod]
+    kmod = selection.kmods[node.kmod][0]
     locked = plan.kmod(node.kmod)
     release = plan.kernel_release
-    build = kmod.build if kmod.build.endswith("\n") else kmod.build + "\n"
-    yield _text("kmod/build.sh", build)
     values = {
         "name": node.kmod,
         "summary": kmod.summary,
@@ -391,13 +438,6 @@ def _kmod_context(plan: Plan, node: Node) -> Iterator[ContextFile]:
         yield _text(
             f"kmod/package/{template.stem}", _environment().get_template(str(template)).render(values)
         )
-    for patch in node.patches:
-        yield _file(f"kmod/patches/{Path(patch).name}", piece.folder / patch)
-    if kmod.source.directory:
-        root = Path(kmod.source.directory)
-        if not root.is_dir():
-            raise DefinitionError(f"the source of kmod `{node.kmod}` is not there: no folder {root}")
-        yield from _walk(root, "source/tree", keep_modes=True)
 
 
 def _tree_context(plan: Plan) -> Iterator[ContextFile]:

@@ -8,9 +8,13 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
+import yaml
 
 from imagebuild import images
 from imagebuild.load import shipped
@@ -121,6 +125,35 @@ def test_kmod_stage_beside_bare_make(make_site: Callable[[str], Site]) -> None:
     bare = float(ran.stdout.split()[-1])
     record("kmod stage of NVIDIA: compile / bare make modules", compiled, bare, "<= 1.10")
     note("kmod stage and tier 2, everything", f"{whole:.1f} s")
+
+
+SOURCE = os.environ.get("IMGBUILD_NVIDIA_SRC", "")
+
+
+@pytest.mark.skipif(not SOURCE, reason="$IMGBUILD_NVIDIA_SRC names no folder with NVIDIA's published source")
+def test_new_kernel_beside_a_full_compile_of_published_source(make_site: Callable[[str], Site]) -> None:
+    """Compiled as docs/driver-from-source.md has it; a new kernel compiles the modules, not the core.
+
+    There is no userland of its version: the image has the modules alone, and nothing that needs more.
+    """
+    version = re.search(r"NVIDIA_VERSION = (\S+)", (Path(SOURCE) / "version.mk").read_text())[1]  # type: ignore[index]
+    text = (Path(__file__).parents[2] / "docs/driver-from-source.md").read_text()
+    (block,) = [b for b in re.findall(r"(?:^    .*\n|\n)+", text, re.M) if "core:" in b and "outputs:" in b]
+    site = make_site("bench-core")
+    override = textwrap.dedent(block).replace("580.126.09", version)
+    site.write("imgbuild.yaml", override.replace("../open-gpu-kernel-modules", SOURCE))
+    vendor = yaml.safe_load((shipped() / "base/debian/nvidia/vendor.yaml").read_text())
+    alone = {name: vendor[name] for name in ("summary", "kmods", "kargs")}
+    site.write("base/debian/published/vendor.yaml", yaml.safe_dump(alone))
+    built = site.build("--tier", "2", "--vendor", "published", "--jobs", "1")
+    seconds = {n["name"]: n["seconds"] for n in built["nodes"]}
+    core, modules = seconds["kmod-nvidia-core"], seconds["kmod-nvidia"]
+    record("published source: modules alone / core and modules", modules, core + modules, "<= 0.65")
+    checked = site.run("check", "--json", built["image"], code=None)
+    bad = [f for f in checked.json["findings"] if f["severity"] in ("fatal", "could-not-run")]
+    (image,) = [n["image"] for n in built["nodes"] if n["name"] == "kmod-nvidia-core"]
+    note("published source: digest of the core", images.by_name()[image].digest)
+    note("published source: check", "; ".join(f"{f['check']}: {f['what']}" for f in bad) or "passes")
 
 
 def test_unit_change_and_cold_builds(make_site: Callable[[str], Site], registry: Registry) -> None:

@@ -70,6 +70,10 @@ def synthetic_section(
             )
             if kmod.build_packages:
                 transactions[f"kmod-{name}"] = packages(kmod.build_packages)
+            if kmod.core:
+                transactions["toolchain"] = packages([*base.toolchain, *base.kernel.user_headers])
+            if kmod.core and kmod.build_packages:
+                transactions[f"kmod-{name}-core"] = packages(kmod.build_packages)
         specs = [spec for piece in selection.pieces for spec in piece.part.packages]
         transactions["tier2"] = packages([*specs, *(f"filler-{i:04}" for i in range(fillers))])
     image = base.tier1.image or ""
