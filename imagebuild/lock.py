@@ -25,6 +25,7 @@ from imagebuild.definitions import (
     InnerPath,
     KernelRelease,
     Line,
+    MirrorMap,
     PackageName,
     PackagePath,
     PackageVersion,
@@ -177,6 +178,14 @@ def differences(old: Section | None, new: Section) -> list[str]:
     for name in sorted(old.kmods.keys() & new.kmods.keys()):
         if old.kmods[name].version != new.kmods[name].version:
             lines.append(f"driver {name} {old.kmods[name].version} -> {new.kmods[name].version}")
+    for name in sorted(old.images.keys() | new.images.keys()):
+        was, is_ = old.images.get(name), new.images.get(name)
+        if was is None:
+            lines.append(f"image {name} {is_} added")
+        elif is_ is None:
+            lines.append(f"image {name} {was} removed")
+        elif was != is_:
+            lines.append(f"image {name} {was} -> {is_}")
     before = {p.name: p for p in old.packages()}
     after = {p.name: p for p in new.packages()}
     for name in sorted(before.keys() | after.keys()):
@@ -203,6 +212,8 @@ def request_of(selection: Selection) -> str:
     ]
     for piece in selection.pieces:
         asked.append([piece.name, list(piece.part.packages)])
+        if piece.part.images:
+            asked.append(list(piece.part.images))
         for name, kmod in piece.part.kmods.items():
             # Where a directory lies is the machine's matter, and nothing of it is locked.
             source = "directory" if kmod.source.directory else as_json(kmod.source)
@@ -236,9 +247,10 @@ def section_of(lock: Lockfile, selection: Selection) -> Section | None:
         for name, (kmod, _) in selection.kmods.items()
         if kmod.source.package and section.kmods[name].source is None
     ]
+    absent += [f"image {name}" for name in image_references(selection) if not section.images.get(name)]
     if absent:
         raise DefinitionError(
-            f"section `{selection.section}` of the lock lacks packages: {', '.join(absent)}",
+            f"section `{selection.section}` of the lock lacks packages or digests: {', '.join(absent)}",
             help="`imgbuild lock` writes it anew",
         )
     return section
@@ -306,7 +318,7 @@ def resolve(
     with report.step("lock", "asking which versions there are") as step:
         keys = _check_keys(locate(selection, state), trusted or {})
         section = solve(selection, state, {p.name: p.version for p in prefer}, allow_blocked, step.line)
-        section = msgspec.structs.replace(section, keys=keys)
+        section = msgspec.structs.replace(section, keys=keys, images=image_digests(selection, {}))
         step.outcome = f"kernel {section.kernel_release}, {len(section.packages())} packages"
     return section
 
@@ -564,7 +576,35 @@ def upstream_digest(selection: Selection) -> str:
     """
     image = selection.base.tier1.image
     assert image is not None
-    reference, verify = registry_reference(image, selection.mirrors)
+    return _digest_now(image, selection.mirrors)
+
+
+def image_references(selection: Selection) -> list[str]:
+    """The container images that the pieces of a selection name, as they are written there."""
+    return sorted({reference for piece in selection.pieces for reference in piece.part.images})
+
+
+def image_digests(selection: Selection, keep: Mapping[str, str]) -> dict[str, str]:
+    """The digest of each container image a selection names, by reference.
+
+    Args:
+        keep: digests to keep, by reference; registries are asked only for the others, and never for a
+            reference that holds a digest itself.
+
+    Raises:
+        UnavailableError: a registry cannot be reached, or does not have the image.
+    """
+    return {
+        reference: reference.partition("@")[2]
+        or keep.get(reference)
+        or _digest_now(reference, selection.mirrors)
+        for reference in image_references(selection)
+    }
+
+
+def _digest_now(image: str, mirrors: MirrorMap) -> str:
+    """The digest an image has now in its registry; of a list for several architectures, the list's."""
+    reference, verify = registry_reference(image, mirrors)
     result = run(
         [
             "skopeo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from imagebuild.load import Selection
-from imagebuild.lock import LockedKmod, LockedPackage, Section, fill, request_of
+from imagebuild.lock import LockedKmod, LockedPackage, Section, fill, image_references, request_of
 
 RELEASES = {"apt": "6.12.117+deb13-amd64", "dnf": "6.12.0-150.el10.x86_64"}
 DRIVERS = {"nvidia": "550.163.01", "zfs": "2.3.4"}
@@ -76,6 +76,10 @@ def synthetic_section(
         request=request_of(selection),
         kernel_release=release,
         base_digest=f"sha256:{'ab' * 32}" if base.tier1.image else "",
+        images={
+            name: f"sha256:{hashlib.sha256(f'{name} {salts.get(name, str())}'.encode()).hexdigest()}"
+            for name in image_references(selection)
+        },
         kmods=kmods,
         transactions=transactions,
     )
