@@ -21,6 +21,7 @@ from typing import Any, Literal
 from imagebuild import images, run
 from imagebuild.compat import Verdict
 from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.gather import Offline
 from imagebuild.plan import Node, Plan
 from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
 from imagebuild.report import Report, Step, seconds, size
@@ -88,6 +89,8 @@ class Options:
     cache: str | None = None
     tags: tuple[str, ...] | None = None
     """Names for the result; None means the default name, () none."""
+    offline: Offline | None = None
+    """Ask no network: everything is here, or in the folder this names."""
 
 
 def default_name(plan: Plan) -> str:
@@ -164,7 +167,7 @@ def build(
     files = bytes_ = 0
     if todo:
         builder = _Builder(plan, rendered, state, report, options)
-        if options.cache:
+        if options.cache and not options.offline:
             builder.pull_kmods(todo)
             todo = needed(rendered, {**there, **dict.fromkeys(builder.pulled)})
         if todo:
@@ -259,7 +262,7 @@ class _Builder:
 
     def push_kmod(self, item: Rendered, step: Step) -> None:
         """Put a compiled kmod into the cache registry; failing to is said, not fatal."""
-        if not self.options.cache or item.node.kind != "kmod":
+        if not self.options.cache or self.options.offline or item.node.kind != "kmod":
             return
         try:
             images.copy(
@@ -301,6 +304,10 @@ class _Builder:
         info = images.storage_info()
         root = Path(info["store"]["GraphRoot"])
         wanted = self._wanted(todo)
+        offline = self.options.offline
+        pull = any(item.node.kind == "upstream" for item in todo)
+        if offline:
+            offline.take(wanted, self._upstream() if pull else None, self.state)
         download = sum(w.size for w in wanted if not self.state.has(w.sha256))
         installed = sum(p.size for item in todo for p in item.packages)
         # Packages unpack to about three times their size; storage holds layer and working copy.
@@ -334,18 +341,30 @@ class _Builder:
             files, bytes_ = fetch(wanted, self.state, on_file)
             if step is not None:
                 step.outcome = f"{files} files, {size(bytes_)} downloaded and verified"
-        if any(item.node.kind == "upstream" for item in todo):
+        if pull:
             self._pull_upstream()
         return files, bytes_
 
+    def _upstream(self) -> tuple[str, str]:
+        """Name and digest of the upstream image of tier 1."""
+        image, section = self.plan.selection.base.tier1.image, self.plan.section
+        assert image is not None and section is not None
+        return untagged(image), section.base_digest
+
     def _pull_upstream(self) -> None:
         """Bring the upstream image of tier 1 into local storage, under the name that FROM uses."""
-        selection, section = self.plan.selection, self.plan.section
-        assert selection.base.tier1.image is not None and section is not None
-        name, digest = untagged(selection.base.tier1.image), section.base_digest
-        source, verify = pinned_source(selection.base.tier1.image, digest, selection.mirrors)
+        name, digest = self._upstream()
+        offline = self.options.offline
         with self.report.step("pull", f"{name}@{digest}") as step:
-            pulled = images.ensure(name, digest, source, verify)
+            if offline is None:
+                image = self.plan.selection.base.tier1.image or name
+                source, verify = pinned_source(image, digest, self.plan.selection.mirrors)
+                pulled = images.ensure(name, digest, source, verify)
+            elif offline.folder is not None and not images.has(name, digest):
+                with offline.folder.image(digest, self.state) as source:
+                    pulled = images.ensure(name, digest, source, True)
+            else:
+                pulled = False
             step.outcome = "pulled" if pulled else "there already"
 
     def _expected_s(self, item: Rendered) -> float:
@@ -362,9 +381,12 @@ class _Builder:
         absent = [p for p in packages if not self.state.has(p.sha256)]
         damaged = [p.name for p in absent if os.path.lexists(self.state.stored(p.sha256))]
         if damaged:
-            self.report.say(f"warning: damaged in the store, fetched again: {', '.join(sorted(damaged))}")
+            again = "" if self.options.offline else ", fetched again"
+            self.report.say(f"warning: damaged in the store{again}: {', '.join(sorted(damaged))}")
         wanted: list[Wanted] = []
-        if absent:
+        if self.options.offline:
+            wanted += [Wanted(f"{p.name} {p.version}", "", p.sha256, p.size) for p in absent]
+        elif absent:
             wanted += wanted_packages(absent, locate(self.plan.selection, self.state))
         for item in todo:
             if item.tarball:
