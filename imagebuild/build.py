@@ -307,7 +307,10 @@ class _Builder:
         offline = self.options.offline
         pull = any(item.node.kind == "upstream" for item in todo)
         if offline:
-            offline.take(wanted, self._upstream() if pull else None, self.state)
+            with self.report.step("take", offline.place) as taken:
+                files = offline.take(wanted, self._upstream() if pull else None, self.state)
+                taken.outcome = f"{files} files verified and copied" if files else "all is here"
+            wanted = []
         download = sum(w.size for w in wanted if not self.state.has(w.sha256))
         installed = sum(p.size for item in todo for p in item.packages)
         # Packages unpack to about three times their size; storage holds layer and working copy.

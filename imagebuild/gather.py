@@ -320,8 +320,9 @@ def _files(
     return [msgspec.structs.replace(e, size=lengths[e.sha256]) for e in entries], files, bytes_
 
 
-def _copy(wanted: Sequence[Wanted], source: State, target: State) -> None:
-    """Copy what one store has and another has not."""
+def _copy(wanted: Sequence[Wanted], source: State, target: State) -> int:
+    """Copy what one store has and another has not; returns the number of files."""
+    copied = 0
     for item in wanted:
         if target.has(item.sha256) or not source.has(item.sha256):
             continue
@@ -331,6 +332,8 @@ def _copy(wanted: Sequence[Wanted], source: State, target: State) -> None:
                 target.add(work / item.sha256, item.sha256)
             except OSError as error:
                 raise ImgbuildError(f"cannot copy {item.what} to `{target.root}`: {error.strerror}") from None
+        copied += 1
+    return copied
 
 
 @dataclass(frozen=True)
@@ -344,12 +347,21 @@ class Offline:
     folder: Folder | None
     command: str
 
-    def take(self, wanted: Sequence[Wanted], upstream: tuple[str, str] | None, state: State) -> None:
+    @property
+    def place(self) -> str:
+        """Where things come from, in words."""
+        return f"from {self.folder.root}" if self.folder else "from this machine"
+
+    def take(self, wanted: Sequence[Wanted], upstream: tuple[str, str] | None, state: State) -> int:
         """Bring files into the state store, and see that the upstream image (name, digest) is to be had.
+
+        Returns:
+            Number of files copied.
 
         Raises:
             UnavailableError: something is missing or altered; the error names all of it.
         """
+        wanted = list({w.sha256: w for w in wanted}.values())
         lines = [f"{w.what}: {why}" for w in wanted if (why := self._problem(w, state))]
         if upstream is not None and not images.has(*upstream):
             name = "@".join(upstream)
@@ -365,8 +377,7 @@ class Offline:
                 lines=lines,
                 help=f"where there is a network, with the same site and lock: {self.command}",
             )
-        if self.folder is not None:
-            _copy(wanted, self.folder.store, state)
+        return _copy(wanted, self.folder.store, state) if self.folder is not None else 0
 
     def _problem(self, item: Wanted, state: State) -> str:
         """What is wrong with a file; empty when it is to be had."""
