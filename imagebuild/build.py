@@ -21,6 +21,7 @@ from typing import Any, Literal
 from imagebuild import images, run
 from imagebuild.compat import Verdict
 from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.gather import Offline
 from imagebuild.lock import offered
 from imagebuild.plan import Node, Plan
 from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
@@ -91,6 +92,8 @@ class Options:
     cache: str | None = None
     tags: tuple[str, ...] | None = None
     """Names for the result; None means the default name, () none."""
+    offline: Offline | None = None
+    """Ask no network: everything is here, or in the folder this names."""
 
 
 def default_name(plan: Plan) -> str:
@@ -167,7 +170,7 @@ def build(
     files = bytes_ = 0
     if todo:
         builder = _Builder(plan, rendered, state, report, options)
-        if options.cache:
+        if options.cache and not options.offline:
             builder.pull_kmods(todo)
             todo = needed(rendered, {**there, **dict.fromkeys(builder.pulled)})
         if todo:
@@ -267,7 +270,7 @@ class _Builder:
 
     def push_kmod(self, item: Rendered, step: Step) -> None:
         """Put a compiled kmod or core into the cache registry; failing to is said, not fatal."""
-        if not self.options.cache or item.node.kind not in ("kmod", "core"):
+        if not self.options.cache or self.options.offline or item.node.kind not in ("kmod", "core"):
             return
         try:
             images.copy(
@@ -309,6 +312,13 @@ class _Builder:
         info = images.storage_info()
         root = Path(info["store"]["GraphRoot"])
         wanted = self._wanted(todo)
+        offline = self.options.offline
+        pull = any(item.node.kind == "upstream" for item in todo)
+        if offline:
+            with self.report.step("take", offline.place) as taken:
+                files = offline.take(wanted, self._upstream() if pull else None, self.state)
+                taken.outcome = f"{files} files verified and copied" if files else "all is here"
+            wanted = []
         download = sum(w.size for w in wanted if not self.state.has(w.sha256))
         installed = sum(p.size for item in todo for p in item.packages)
         # Packages unpack to about three times their size; storage holds layer and working copy.
@@ -345,18 +355,30 @@ class _Builder:
                 raise self._offered_now(error) from None
             if step is not None:
                 step.outcome = f"{files} files, {size(bytes_)} downloaded and verified"
-        if any(item.node.kind == "upstream" for item in todo):
+        if pull:
             self._pull_upstream()
         return files, bytes_
 
+    def _upstream(self) -> tuple[str, str]:
+        """Name and digest of the upstream image of tier 1."""
+        image, section = self.plan.selection.base.tier1.image, self.plan.section
+        assert image is not None and section is not None
+        return untagged(image), section.base_digest
+
     def _pull_upstream(self) -> None:
         """Bring the upstream image of tier 1 into local storage, under the name that FROM uses."""
-        selection, section = self.plan.selection, self.plan.section
-        assert selection.base.tier1.image is not None and section is not None
-        name, digest = untagged(selection.base.tier1.image), section.base_digest
-        source, verify = pinned_source(selection.base.tier1.image, digest, selection.mirrors)
+        name, digest = self._upstream()
+        offline = self.options.offline
         with self.report.step("pull", f"{name}@{digest}") as step:
-            pulled = images.ensure(name, digest, source, verify)
+            if offline is None:
+                image = self.plan.selection.base.tier1.image or name
+                source, verify = pinned_source(image, digest, self.plan.selection.mirrors)
+                pulled = images.ensure(name, digest, source, verify)
+            elif offline.folder is not None and not images.has(name, digest):
+                with offline.folder.image(digest, self.state) as source:
+                    pulled = images.ensure(name, digest, source, True)
+            else:
+                pulled = False
             step.outcome = "pulled" if pulled else "there already"
 
     def _offered_now(self, error: GoneError) -> ImgbuildError:
@@ -409,11 +431,17 @@ class _Builder:
         absent = [p for p in packages if not self.state.has(p.sha256)]
         damaged = [p.name for p in absent if os.path.lexists(self.state.stored(p.sha256))]
         if damaged:
-            self.report.say(f"warning: damaged in the store, fetched again: {', '.join(sorted(damaged))}")
+            again = "" if self.options.offline else ", fetched again"
+            self.report.say(f"warning: damaged in the store{again}: {', '.join(sorted(damaged))}")
         wanted: list[Wanted] = []
-        self._take_keys(todo)
-        if absent:
-            wanted += wanted_packages(absent, self._locations())
+        if self.options.offline:
+            keys = {name: sha256 for item in todo for name, sha256 in item.keys.items()}
+            wanted += [Wanted(f"the key of repository {n}", "", k) for n, k in sorted(keys.items())]
+            wanted += [Wanted(f"{p.name} {p.version}", "", p.sha256, p.size) for p in absent]
+        else:
+            self._take_keys(todo)
+            if absent:
+                wanted += wanted_packages(absent, self._locations())
         for item in todo:
             if item.tarball:
                 uri, sha256 = item.tarball

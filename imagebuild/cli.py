@@ -17,6 +17,7 @@ import click
 from imagebuild.errors import EXIT_INTERRUPTED, DefinitionError, ImgbuildError
 
 if TYPE_CHECKING:
+    from imagebuild.gather import Offline
     from imagebuild.load import Selection
     from imagebuild.lock import Section
     from imagebuild.plan import Plan
@@ -170,6 +171,60 @@ def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
     return section
 
 
+def _offline(folder: str | None) -> Offline | None:
+    """What `--offline [DIR]` asks for; None where it was not given."""
+    if folder is None:
+        return None
+    from imagebuild.gather import Folder, Offline
+
+    if folder and not Path(folder).is_dir():
+        raise DefinitionError(
+            f"there is no folder `{folder}`", help="`imgbuild fetch DIR` makes one, where there is a network"
+        )
+    # The words that chose this image choose it there too.
+    context = click.get_current_context()
+    words = ["imgbuild", "fetch", folder or "DIR"]
+    for option in fetch.params:
+        name = str(option.name)
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in ("mirror_map", "as_json", "verbose", "quiet"):
+            value = context.params[name]
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[-1]] if one is True else [option.opts[-1], str(one)]
+    from imagebuild.run import pasteable
+
+    command = pasteable(words)
+    if not folder:
+        command += "; then here: imgbuild build --offline DIR"
+    return Offline(Folder(Path(folder).absolute()) if folder else None, command)
+
+
+def _locked_offline(run: _Run, selection: Selection, offline: Offline, allow_blocked: bool) -> Section:
+    """The section for a selection, from its own lock or from the one in the folder; never resolved."""
+    from imagebuild import lock
+
+    lock.precheck(selection, allow_blocked=allow_blocked)
+    path = lock.lock_path(selection)
+    known = lock.read(path)
+    section = lock.section_of(known, selection)
+    if section is None and offline.folder is not None:
+        brought = offline.folder.root / lock.LOCK_FILE
+        section = lock.section_of(lock.read(brought), selection)
+        if section is not None:
+            lock.update(path, selection.section, section, run.state)
+            run.report.say(f"wrote {_short(path)}: section {selection.section} (from {brought})")
+    if section is None:
+        stale = selection.section in known.sections
+        raise DefinitionError(
+            f"section `{selection.section}` "
+            + ("was locked for other definitions" if stale else "is not locked")
+            + ", and an offline build asks nobody",
+            help=f"where there is a network: {offline.command}\n"
+            "it locks too, and puts a copy of imgbuild.lock into the folder",
+        )
+    return section
+
+
 def _short(path: Path) -> str:
     try:
         return str(path.relative_to(Path.cwd()))
@@ -202,6 +257,13 @@ def cli() -> None:
 @click.option("--authfile", type=click.Path(path_type=Path), metavar="FILE", help="Registry credentials.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Nodes built at once.")
 @click.option("--no-cache", is_flag=True, help="Build every node again.")
+@click.option(
+    "--offline",
+    is_flag=False,
+    flag_value="",
+    metavar="[DIR]",
+    help="Ask no network: everything is here, or in DIR (see fetch).",
+)
 @_output_options
 def build(
     tags: Sequence[str],
@@ -211,6 +273,7 @@ def build(
     authfile: Path | None,
     jobs: int,
     no_cache: bool,
+    offline: str | None,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -237,7 +300,12 @@ def build(
         from imagebuild.publish import parse_destination
 
         for destination in push_to:
-            parse_destination(destination)
+            if parse_destination(destination).registry and offline is not None:
+                raise DefinitionError(
+                    f"--offline asks no network, and --push {destination} does",
+                    help="`imgbuild push` pushes the image afterwards",
+                )
+    disconnected = _offline(offline)
     selection = run.selection(arguments)
     cache = cache or selection.site.cache
     if cache and ":" in cache.rsplit("/", 1)[-1]:
@@ -245,10 +313,14 @@ def build(
             f"cache `{cache}` is no REGISTRY/REPOSITORY",
             help="it takes no tag: each kmod image has one of its own",
         )
-    section = _locked(run, selection, allow_blocked)
+    if disconnected:
+        section = _locked_offline(run, selection, disconnected, allow_blocked)
+    else:
+        section = _locked(run, selection, allow_blocked)
     plan = make_plan(selection, section, allow_blocked=allow_blocked)
     _say_plan(run.report, plan)
     options = Options(
+        offline=disconnected,
         jobs=jobs,
         no_cache=no_cache,
         cache=cache,
@@ -562,6 +634,45 @@ def lock(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **argum
             "changes": moved,
         },
         "\n".join([f"wrote {_short(path)}: section {selection.section}", *(f"  {line}" for line in moved)]),
+    )
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@_selection_options
+@_output_options
+def fetch(
+    folder: Path, as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **arguments: Any
+) -> None:
+    """Gather all that a lock names into one folder, for `build --offline DIR`.
+
+    Only what is missing is fetched, and another image can be added to the same folder.
+
+    \b
+    Example:
+      imgbuild fetch usb/ --tier 2 --vendor nvidia
+    """
+    from imagebuild.gather import Folder, gather
+    from imagebuild.plan import plan as make_plan
+    from imagebuild.render import render as render_plan
+
+    run = _Run(as_json, verbose, quiet)
+    selection = run.selection(arguments)
+    section = _locked(run, selection, allow_blocked)
+    plan = make_plan(selection, section, allow_blocked=allow_blocked)
+    done = gather(plan, render_plan(plan), Folder(folder.absolute()), run.state, run.report)
+    whole = sum(entry.size for entry in done.entries)
+    run.print(
+        {
+            "folder": str(folder),
+            "section": selection.section,
+            "fetched": done.files,
+            "fetched_bytes": done.bytes,
+            "entries": len(done.entries),
+            "bytes": whole,
+        },
+        f"{folder}: section {selection.section}, {len(done.entries)} entries, {_size(whole)}; "
+        f"fetched now: {done.files}, {_size(done.bytes)}",
     )
 
 

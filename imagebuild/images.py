@@ -361,6 +361,11 @@ def copy(source: str, destination: str, *options: str, attempts: int = 4) -> Res
     raise AssertionError("unreachable")
 
 
+def has(reference_name: str, digest: str) -> bool:
+    """Tell whether local storage has NAME@DIGEST."""
+    return _manifest_digest(f"containers-storage:{reference_name}@{digest}") == digest
+
+
 def ensure(reference_name: str, digest: str, source: str, tls_verify: bool) -> bool:
     """Make sure that local storage has NAME@DIGEST, so that `FROM NAME@DIGEST` needs no registry.
 
@@ -382,7 +387,7 @@ def ensure(reference_name: str, digest: str, source: str, tls_verify: bool) -> b
     """
     name = f"{reference_name}@{digest}"
     here = f"containers-storage:{name}"
-    if _manifest_digest(here) == digest:
+    if has(reference_name, digest):
         return False
     verify = [] if tls_verify else ["--src-tls-verify=false"]
     copy(source, here, "--quiet", *verify)

@@ -176,12 +176,17 @@ def differences(old: Section | None, new: Section) -> list[str]:
         lines.append(f"base image {old.base_digest} -> {new.base_digest}")
     if old.kernel_release != new.kernel_release:
         lines.append(f"kernel {old.kernel_release} -> {new.kernel_release}")
-    for name in sorted(old.images.keys() & new.images.keys()):
-        if old.images[name] != new.images[name]:
-            lines.append(f"container image {name} {old.images[name]} -> {new.images[name]}")
     for name in sorted(old.kmods.keys() & new.kmods.keys()):
         if old.kmods[name].version != new.kmods[name].version:
             lines.append(f"driver {name} {old.kmods[name].version} -> {new.kmods[name].version}")
+    for name in sorted(old.images.keys() | new.images.keys()):
+        was, is_ = old.images.get(name), new.images.get(name)
+        if was is None:
+            lines.append(f"image {name} {is_} added")
+        elif is_ is None:
+            lines.append(f"image {name} {was} removed")
+        elif was != is_:
+            lines.append(f"image {name} {was} -> {is_}")
     before = {p.name: p for p in old.packages()}
     after = {p.name: p for p in new.packages()}
     for name in sorted(before.keys() | after.keys()):
@@ -212,7 +217,9 @@ def request_of(selection: Selection, base_digest: str = "") -> str:
         list(selection.base.toolchain),
     ]
     for piece in selection.pieces:
-        asked.append([piece.name, list(piece.part.packages), list(piece.part.images)])
+        asked.append([piece.name, list(piece.part.packages)])
+        if piece.part.images:
+            asked.append(list(piece.part.images))
         for name, kmod in piece.part.kmods.items():
             # Where a directory lies is the machine's matter, and nothing of it is locked.
             source = "directory" if kmod.source.directory else as_json(kmod.source)
@@ -247,9 +254,10 @@ def section_of(lock: Lockfile, selection: Selection) -> Section | None:
         for name, (kmod, _) in selection.kmods.items()
         if kmod.source.package and section.kmods[name].source is None
     ]
+    absent += [f"image {name}" for name in image_references(selection) if not section.images.get(name)]
     if absent:
         raise DefinitionError(
-            f"section `{selection.section}` of the lock lacks packages: {', '.join(absent)}",
+            f"section `{selection.section}` of the lock lacks packages or digests: {', '.join(absent)}",
             help="`imgbuild lock` writes it anew",
         )
     return section
@@ -397,11 +405,6 @@ def resolve(
         image = selection.base.tier1.image or ""
         if image:
             base_digest = base_digest or kept.base_digest or solvers.upstream_digest(image, selection)
-        images = {
-            name: kept.images.get(name) or solvers.upstream_digest(name, selection)
-            for piece in selection.pieces
-            for name in piece.part.images
-        }
         with solvers.opened(
             selection, locations, state, prefer=kept.prefer, base_digest=base_digest, on_line=step.line
         ) as ask:
@@ -415,7 +418,7 @@ def resolve(
             keys=keys,
             base_image=image,
             base_digest=base_digest,
-            images=images,
+            images=image_digests(selection, kept.images),
         )
         step.outcome = f"kernel {section.kernel_release}, {len(section.packages())} packages"
     return section
@@ -681,3 +684,26 @@ def _check_same_version(
                         help="modules, firmware and userland must be of one version: name userland packages "
                         "that fit in the site file (`packages:`), or take the driver of the distribution",
                     )
+
+
+def image_references(selection: Selection) -> list[str]:
+    """The container images that the pieces of a selection name, as they are written there."""
+    return sorted({reference for piece in selection.pieces for reference in piece.part.images})
+
+
+def image_digests(selection: Selection, keep: Mapping[str, str]) -> dict[str, str]:
+    """The digest of each container image a selection names, by reference.
+
+    Args:
+        keep: digests to keep, by reference; registries are asked only for the others, and never for a
+            reference that holds a digest itself.
+
+    Raises:
+        UnavailableError: a registry cannot be reached, or does not have the image.
+    """
+    return {
+        reference: reference.partition("@")[2]
+        or keep.get(reference)
+        or solvers.upstream_digest(reference, selection)
+        for reference in image_references(selection)
+    }

@@ -24,7 +24,7 @@ from typing import Any
 from imagebuild.definitions import Units
 from imagebuild.errors import DefinitionError, ImgbuildError
 from imagebuild.load import Selection, shipped
-from imagebuild.lock import LockedPackage
+from imagebuild.lock import LockedPackage, image_references
 from imagebuild.plan import Node, Plan, fill_kmod
 from imagebuild.sources import untagged
 
@@ -487,11 +487,21 @@ def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
                 base=plan.selection.base_name,
                 vendor=plan.selection.vendor_name,
                 site=plan.selection.site,
+                images=_pinned_images(plan),
             )
         )
     except Exception as error:  # a template is a program: anything can go wrong in it
         raise DefinitionError(f"`{file.source}` cannot be rendered: {error}") from None
     return _text(file.path.removesuffix(".j2"), text, file.mode)
+
+
+def _pinned_images(plan: Plan) -> dict[str, str]:
+    """The container images of a plan: reference as written → NAME@DIGEST."""
+    digests = plan.section.images if plan.section else {}
+    return {
+        name: f"{untagged(name)}@{digests.get(name, '<unlocked: digest>')}"
+        for name in image_references(plan.selection)
+    }
 
 
 def _kargs(selection: Selection) -> Iterator[ContextFile]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,10 @@ class Outcome:
 class Site:
     """A folder with a site file, definitions of its own and a lock; commands run in it."""
 
-    def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, env: Mapping[str, str], prefix: Sequence[str] = ()) -> None:
         self.folder = folder
         self.env = dict(env)
+        self.prefix = prefix
 
     def write(self, path: str, text: str, mode: int = 0o644) -> Path:
         """Write a file of the site."""
@@ -63,7 +64,7 @@ class Site:
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start a command and do not wait for it."""
         return subprocess.Popen(
-            [sys.executable, "-m", "imagebuild", *arguments],
+            [*self.prefix, sys.executable, "-m", "imagebuild", *arguments],
             cwd=self.folder,
             env={**os.environ, **self.env, **env},
             stdin=subprocess.DEVNULL,

@@ -5,7 +5,15 @@ from __future__ import annotations
 import hashlib
 
 from imagebuild.load import Selection
-from imagebuild.lock import LockedKmod, LockedPackage, LockedRepository, Section, fill, request_of
+from imagebuild.lock import (
+    LockedKmod,
+    LockedPackage,
+    LockedRepository,
+    Section,
+    fill,
+    image_references,
+    request_of,
+)
 
 RELEASES = {"apt": "6.12.117+deb13-amd64", "dnf": "6.12.0-150.el10.x86_64"}
 DRIVERS = {"nvidia": "550.163.01", "zfs": "2.3.4"}
@@ -87,6 +95,10 @@ def synthetic_section(
         base_kernels=(release,) if image else (),
         repositories=own if image else {},
         keys={repository.name: "cd" * 32 for repository, _ in selection.repositories if repository.key},
+        images={
+            name: f"sha256:{hashlib.sha256(f'{name} {salts.get(name, str())}'.encode()).hexdigest()}"
+            for name in image_references(selection)
+        },
         kmods=kmods,
         transactions=transactions,
     )

@@ -274,7 +274,7 @@ def test_lock_that_lacks_packages_of_a_core_is_refused(cored: Site, name: str) -
     selection = cored.load("debian", "nvidia")
     section = synthetic_section(selection)
     del section.transactions[name]
-    with pytest.raises(DefinitionError, match=f"lacks packages: {name}"):
+    with pytest.raises(DefinitionError, match=f"lacks packages or digests: {name}"):
         section_of(Lockfile(sections={selection.section: section}), selection)
 
 
