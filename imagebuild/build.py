@@ -21,6 +21,7 @@ from typing import Any, Literal
 from imagebuild import images, run
 from imagebuild.compat import Verdict
 from imagebuild.errors import ImgbuildError, UnavailableError
+from imagebuild.load import Selection
 from imagebuild.plan import Node, Plan
 from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
 from imagebuild.report import Report, Step, seconds, size
@@ -82,11 +83,9 @@ class Options:
     """Names for the result; None means the default name, () none."""
 
 
-def default_name(plan: Plan) -> str:
+def default_name(selection: Selection) -> str:
     """The name a finished image gets when no other is asked for."""
-    selection = plan.selection
-    middle = f"-{selection.vendor_name}" if selection.tier >= 2 else ""
-    return f"{REPOSITORY}/{selection.base_name}{middle}:tier{selection.tier}"
+    return f"{REPOSITORY}/{selection.name}:tier{selection.tier}"
 
 
 def journal_name(plan: Plan, node: Node) -> str:
@@ -139,7 +138,7 @@ def build(
         ImgbuildError: a node failed; the error shows its last lines, its log and how to repeat it.
     """
     assert plan.locked
-    tags = (default_name(plan),) if options.tags is None else options.tags
+    tags = (default_name(plan.selection),) if options.tags is None else options.tags
     there = images.by_name()
     if options.no_cache:
         there = {}

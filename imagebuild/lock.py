@@ -201,7 +201,8 @@ def request_of(selection: Selection) -> str:
         [as_json(repository) for repository, _ in selection.repositories],
         list(selection.base.toolchain),
     ]
-    for piece in selection.pieces:
+    # In an order of its own: images with the same layers in another order have one section.
+    for piece in sorted(selection.pieces, key=lambda piece: (piece.kind, piece.name)):
         asked.append([piece.name, list(piece.part.packages)])
         for name, kmod in piece.part.kmods.items():
             # Where a directory lies is the machine's matter, and nothing of it is locked.
