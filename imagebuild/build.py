@@ -22,6 +22,7 @@ from imagebuild import images, run
 from imagebuild.compat import Verdict
 from imagebuild.errors import ImgbuildError, UnavailableError
 from imagebuild.gather import Offline
+from imagebuild.load import Selection
 from imagebuild.lock import offered
 from imagebuild.plan import Node, Plan
 from imagebuild.render import LABEL_PREFIX, LAYER_TIME, REPOSITORY, Rendered, render, write_context
@@ -96,11 +97,9 @@ class Options:
     """Ask no network: everything is here, or in the folder this names."""
 
 
-def default_name(plan: Plan) -> str:
+def default_name(selection: Selection) -> str:
     """The name a finished image gets when no other is asked for."""
-    selection = plan.selection
-    middle = f"-{selection.vendor_name}" if selection.tier >= 2 else ""
-    return f"{REPOSITORY}/{selection.base_name}{middle}:tier{selection.tier}"
+    return f"{REPOSITORY}/{selection.name}:tier{selection.tier}"
 
 
 def journal_name(plan: Plan, node: Node) -> str:
@@ -153,7 +152,7 @@ def build(
         ImgbuildError: a node failed; the error shows its last lines, its log and how to repeat it.
     """
     assert plan.locked
-    tags = (default_name(plan),) if options.tags is None else options.tags
+    tags = (default_name(plan.selection),) if options.tags is None else options.tags
     there = images.by_name()
     if options.no_cache:
         there = {}

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from imagebuild.gather import Offline
     from imagebuild.load import Selection
     from imagebuild.lock import Section
-    from imagebuild.plan import Plan
     from imagebuild.publish import PublishOptions
+    from imagebuild.release import Group, Outcome, Release, Status
     from imagebuild.render import Rendered
     from imagebuild.report import Report
     from imagebuild.state import State
@@ -43,17 +44,37 @@ Exit codes:
 
 def _complete(kind: str) -> Callable[..., list[str]]:
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-        from imagebuild.load import DEFAULT_BASE, Catalogue
+        from imagebuild.load import DEFAULT_BASE, Catalogue, load_site
 
         catalogue = Catalogue.of(Path.cwd())
+
+        def named() -> list[str]:
+            with suppress(ImgbuildError):  # of a site file with mistakes there is nothing to offer
+                site_file = load_site(context.params.get("site_file"), Path.cwd())
+                return [each.name for each in site_file.named if each.kind == kind]
+            return []
+
         names = {
             "base": catalogue.bases,
             "vendor": lambda: catalogue.vendors(context.params.get("base") or DEFAULT_BASE),
             "layer": catalogue.layers,
+            "host": named,
+            "target": named,
         }[kind]()
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
+
+
+def _file_option(function: F) -> F:
+    return click.option(
+        "-f",
+        "--file",
+        "site_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Site file [default: imgbuild.yaml, if there].",
+    )(function)
 
 
 def _selection_options(function: F) -> F:
@@ -62,15 +83,31 @@ def _selection_options(function: F) -> F:
             click.option(
                 "--tier", type=click.IntRange(1, 2), default=2, show_default=True, help="How far up."
             ),
-            click.option("--vendor", metavar="V", help="GPU vendor.", shell_complete=_complete("vendor")),
-            click.option("--base", metavar="B", help="Distribution.", shell_complete=_complete("base")),
             click.option(
-                "-f",
-                "--file",
-                "site_file",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="Site file [default: imgbuild.yaml, if there].",
+                "--vendor",
+                multiple=True,
+                metavar="V",
+                help="GPU vendor; several in one image are several options.",
+                shell_complete=_complete("vendor"),
+            ),
+            click.option("--base", metavar="B", help="Distribution.", shell_complete=_complete("base")),
+            _file_option,
+            click.option(
+                "--host",
+                "hosts",
+                multiple=True,
+                metavar="H",
+                help="The image of a host of the site file.",
+                shell_complete=_complete("host"),
+            ),
+            click.option("--all-hosts", is_flag=True, help="The images of all its hosts."),
+            click.option(
+                "--target",
+                "targets",
+                multiple=True,
+                metavar="T",
+                help="A target of the site file [default: all, if --base and --vendor are not given].",
+                shell_complete=_complete("target"),
             ),
             click.option(
                 "--with",
@@ -134,14 +171,27 @@ class _Run:
             with suppress(ImgbuildError):
                 images.sweep()
 
-    def selection(self, arguments: dict[str, Any]) -> Selection:
-        from imagebuild.load import load
+    def selections(self, arguments: dict[str, Any]) -> tuple[Selection, ...]:
+        """Every image that is asked for."""
+        from imagebuild.load import load_all
 
         arguments.pop("allow_blocked", None)
-        selection = load(**arguments)
-        self.report.say(f"base {selection.base_name} ({selection.base_reason}), tier {selection.tier}, "
-                        f"vendor {selection.vendor_name}")  # fmt: skip
-        return selection
+        found = load_all(**arguments)
+        for selection in found:
+            who = f"{selection.name}: " if selection.target or selection.host else ""
+            self.report.say(f"{who}base {selection.base_name} ({selection.base_reason}), "
+                            f"tier {selection.tier}, vendor {selection.vendor_name}")  # fmt: skip
+        return found
+
+    def selection(self, arguments: dict[str, Any]) -> Selection:
+        """The one image that is asked for."""
+        found = self.selections(arguments)
+        if len(found) > 1:
+            raise DefinitionError(
+                f"{len(found)} images are asked for, and this command is for one",
+                help="name one, by --target or --host",
+            )
+        return found[0]
 
     def print(self, data: Any, text: str) -> None:
         click.echo(json.dumps(data, indent=1, sort_keys=True) if self.as_json else text)
@@ -151,24 +201,6 @@ def _section(selection: Selection) -> Section | None:
     from imagebuild import lock
 
     return lock.section_of(lock.read(lock.lock_path(selection)), selection)
-
-
-def _locked(run: _Run, selection: Selection, allow_blocked: bool) -> Section:
-    """The lock's section for a selection; written now when there is none or definitions changed."""
-    from imagebuild import lock
-
-    lock.precheck(selection, allow_blocked=allow_blocked)
-    path = lock.lock_path(selection)
-    known = lock.read(path)
-    section = lock.section_of(known, selection)
-    if section is not None:
-        return section
-    stale = known.sections.get(selection.section)
-    section = lock.resolve(selection, known, run.state, run.report, allow_blocked=allow_blocked)
-    lock.update(path, selection.section, section, run.state)
-    why = "definitions changed since it was locked" if stale else "not locked before"
-    run.report.say(f"wrote {_short(path)}: section {selection.section} ({why})")
-    return section
 
 
 def _offline(folder: str | None) -> Offline | None:
@@ -197,39 +229,6 @@ def _offline(folder: str | None) -> Offline | None:
     if not folder:
         command += "; then here: imgbuild build --offline DIR"
     return Offline(Folder(Path(folder).absolute()) if folder else None, command)
-
-
-def _locked_offline(run: _Run, selection: Selection, offline: Offline, allow_blocked: bool) -> Section:
-    """The section for a selection, from its own lock or from the one in the folder; never resolved."""
-    from imagebuild import lock
-
-    lock.precheck(selection, allow_blocked=allow_blocked)
-    path = lock.lock_path(selection)
-    known = lock.read(path)
-    section = lock.section_of(known, selection)
-    if section is None and offline.folder is not None:
-        brought = offline.folder.root / lock.LOCK_FILE
-        section = lock.section_of(lock.read(brought), selection)
-        if section is not None:
-            lock.update(path, selection.section, section, run.state)
-            run.report.say(f"wrote {_short(path)}: section {selection.section} (from {brought})")
-    if section is None:
-        stale = selection.section in known.sections
-        raise DefinitionError(
-            f"section `{selection.section}` "
-            + ("was locked for other definitions" if stale else "is not locked")
-            + ", and an offline build asks nobody",
-            help=f"where there is a network: {offline.command}\n"
-            "it locks too, and puts a copy of imgbuild.lock into the folder",
-        )
-    return section
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 # --- commands ---------------------------------------------------------------------------------------
@@ -280,86 +279,99 @@ def build(
     allow_blocked: bool,
     **arguments: Any,
 ) -> None:
-    """Build an image, and lock what is not locked yet.
+    """Build an image, and lock what is not locked yet. Of several, one that fails stops no other.
 
     \b
     Examples:
       imgbuild build --tier 2 --vendor nvidia
       imgbuild build --vendor nvidia --with zfs -t gpu:1 --push registry.example/gpu:1
+      imgbuild build --all-hosts --push registry.example/gpu:{target}
     """
     from imagebuild.build import Options
-    from imagebuild.build import build as build_images
-    from imagebuild.definitions import check_image_name
-    from imagebuild.plan import plan as make_plan
-    from imagebuild.render import render as render_plan
+    from imagebuild.publish import PublishOptions
+    from imagebuild.release import Request, check_request, make, release
 
     run = _Run(as_json, verbose, quiet)
-    for name in (*tags, *([cache] if cache else [])):
-        check_image_name(name)
-    if push_to:  # before the work, not after it
+    if offline is not None:
         from imagebuild.publish import parse_destination
 
         for destination in push_to:
-            if parse_destination(destination).registry and offline is not None:
+            if parse_destination(destination).registry:
                 raise DefinitionError(
                     f"--offline asks no network, and --push {destination} does",
                     help="`imgbuild push` pushes the image afterwards",
                 )
     disconnected = _offline(offline)
-    selection = run.selection(arguments)
-    cache = cache or selection.site.cache
-    if cache and ":" in cache.rsplit("/", 1)[-1]:
-        raise DefinitionError(
-            f"cache `{cache}` is no REGISTRY/REPOSITORY",
-            help="it takes no tag: each kmod image has one of its own",
-        )
-    if disconnected:
-        section = _locked_offline(run, selection, disconnected, allow_blocked)
-    else:
-        section = _locked(run, selection, allow_blocked)
-    plan = make_plan(selection, section, allow_blocked=allow_blocked)
-    _say_plan(run.report, plan)
-    options = Options(
-        offline=disconnected,
-        jobs=jobs,
-        no_cache=no_cache,
-        cache=cache,
-        tags=tuple(tags) or selection.site.tags or None,
+    selections = run.selections(arguments)
+    request = Request(
+        Options(jobs=jobs, no_cache=no_cache, cache=cache, tags=tuple(tags), offline=disconnected),
+        tuple(push_to),
+        PublishOptions(tls_verify=tls_verify, authfile=authfile, site_folder=_site_folder()),
+        allow_blocked,
     )
-    result = build_images(plan, render_plan(plan), run.state, run.report, options)
-    data = result.as_dict()
+    check_request(selections, request)
+    if len(selections) > 1:
+        _print_release(run, release(selections, run.state, run.report, request))
+        return
+    made = make(selections, run.state, run.report, request)
+    result, pushed = made.result, made.pushed
     lines = [
         f"image   {result.tags[0] if result.tags else result.image}",
         f"digest  {result.digest}",
-        f"size    {_size(result.size_bytes)}, kernel {section.kernel_release}",
+        f"size    {_size(result.size_bytes)}, kernel {made.plan.kernel_release}",
     ]
     if not result.worked:
         lines.insert(0, "nothing to do: every node is there")
-    if push_to:
-        from imagebuild.publish import PublishOptions
+    if pushed:
+        lines.append(f"pushed  {pushed.digest} to {', '.join(pushed.references)}")
+    run.print(made.as_dict(), "\n".join(lines))
 
-        pushed = _publish(
-            run,
-            result.image,
-            push_to,
-            PublishOptions(tls_verify=tls_verify, authfile=authfile, site_folder=_site_folder()),
-        )
-        data["pushed"] = pushed
-        lines.append(f"pushed  {pushed['digest']} to {', '.join(pushed['references'])}")
-    run.print(data, "\n".join(lines))
+
+def _print_release(run: _Run, done: Release) -> None:
+    """What became of several images: a table, below each row what belongs to it, and the exit code."""
+    from imagebuild.report import columns
+
+    rows = [("target", "base", "vendors", "result")]
+    for each in done.outcomes:
+        first = each.group[0]
+        status = "nothing to do" if each.status == "cached" else each.status
+        rows.append((first.name, first.base_name, first.vendor_name, status))
+    head, *table = columns(rows)
+    lines = [head]
+    for row, each in zip(table, done.outcomes, strict=True):
+        lines += [row, *(f"    {line}" for line in _details(each))]
+    counts = Counter(row[-1] for row in rows[1:])
+    lines.append(", ".join(f"{count} {status}" for status, count in counts.items()))
+    run.print(done.as_dict(), "\n".join(lines))
+    click.get_current_context().exit(done.exit_code)
+
+
+def _details(outcome: Outcome) -> list[str]:
+    """What a person needs to know of one image."""
+    result, blocked = outcome.result, outcome.blocked
+    lines = [f"is for  {', '.join(outcome.names)}"] if len(outcome.group) > 1 else []
+    if "image" in result:
+        lines += [f"image   {result['tags'][0] if result['tags'] else result['image']}"]
+        lines += [f"digest  {result['digest']}", f"kernel  {result['kernel_release']}"]
+    if "pushed" in result:
+        lines.append(f"pushed  {result['pushed']['digest']} to {', '.join(result['pushed']['references'])}")
+    if "section" in result:
+        lines += [f"section {result['section']}", f"kernel  {result['kernel_release']}"]
+        lines += [f"  {line}" for line in result["changes"]]
+    if blocked and outcome.error:
+        lines += [outcome.error.what, f"rule    {blocked['rule']}", f"reason  {blocked['reason']}"]
+        lines += [f"link    {blocked['link']}"] if blocked["link"] else []
+        lines += [f"pin     {pin}" for pin in blocked["pins"]]
+        lines += [f"unblock {blocked['unblock']}"] if blocked["unblock"] else []
+    elif outcome.error:
+        lines += show_error(outcome.error).splitlines()
+    return lines
 
 
 def _size(value: int) -> str:
     from imagebuild.report import size
 
     return size(value)
-
-
-def _say_plan(report: Report, plan: Plan) -> None:
-    for verdict in plan.verdicts:
-        report.say(f"compat: {verdict.text}")
-    for notice in plan.notices:
-        report.say(f"notice: {notice}")
 
 
 def _publish(run: _Run, image: str, to: Sequence[str], options: PublishOptions) -> dict[str, Any]:
@@ -540,13 +552,14 @@ def plan(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **argum
     """
     from imagebuild.build import changes, journal_name
     from imagebuild.plan import plan as make_plan
+    from imagebuild.release import say_plan
     from imagebuild.render import render as render_plan
 
     run = _Run(as_json, verbose, quiet)
     selection = run.selection(arguments)
     made = make_plan(selection, _section(selection), allow_blocked=allow_blocked)
     if not as_json:
-        _say_plan(run.report, made)
+        say_plan(run.report, made)
     nodes: list[dict[str, Any]] = []
     for item in render_plan(made):
         before = run.state.journal(journal_name(made, item.node))
@@ -606,35 +619,78 @@ def _plan_line(entry: dict[str, Any]) -> str:
 
 @cli.command()
 @_selection_options
+@click.option("--check", is_flag=True, help="Only tell what moved upstream; exit code 1 if anything did.")
+@click.option(
+    "--upgrade",
+    "upgrades",
+    is_flag=False,
+    flag_value="",
+    multiple=True,
+    metavar="[NAME]",
+    help="Move everything, or only NAME: base, kernel, a driver, vendor, layer, package or image.",
+)
 @_output_options
-def lock(as_json: bool, verbose: bool, quiet: bool, allow_blocked: bool, **arguments: Any) -> None:
-    """Ask which versions there are and write imgbuild.lock.
+def lock(
+    check: bool,
+    upgrades: Sequence[str],
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    allow_blocked: bool,
+    **arguments: Any,
+) -> None:
+    """Ask which versions there are and write imgbuild.lock; what is locked stays if it still can be had.
 
     \b
-    Example:
+    Examples:
       imgbuild lock --tier 2 --vendor nvidia
+      imgbuild lock --vendor nvidia --check
+      imgbuild lock --vendor nvidia --upgrade kernel
     """
     from imagebuild import lock as locking
+    from imagebuild.release import each_image
+    from imagebuild.report import short
 
     run = _Run(as_json, verbose, quiet)
-    selection = run.selection(arguments)
-    path = locking.lock_path(selection)
-    known = locking.read(path)
-    before = known.sections.get(selection.section)
-    section = locking.resolve(
-        selection, known, run.state, run.report, upgrade=locking.ALL, allow_blocked=allow_blocked
-    )
-    locking.update(path, selection.section, section, run.state)
-    moved = locking.differences(before, section)
-    run.print(
-        {
+    if check and upgrades:
+        raise click.UsageError("--check changes nothing, and --upgrade does")
+    selections = run.selections(arguments)
+    names = frozenset(name for name in upgrades if name)
+    wanted = locking.Upgrade(everything="" in upgrades, names=names)
+
+    def one(group: Group) -> tuple[Status, dict[str, Any]]:
+        selection = group[0]
+        path = locking.lock_path(selection)
+        known = locking.read(path)
+        if check:
+            drifted = locking.drift(selection, known, run.state, run.report)
+            if drifted:
+                raise ImgbuildError(
+                    f"section {selection.section} of the lock has drifted",
+                    lines=drifted,
+                    help="`imgbuild lock --upgrade [NAME]` moves it",
+                )
+            return "locked", {"lock": str(path), "section": selection.section, "changes": []}
+        before = known.sections.get(selection.section)
+        section = locking.resolve(
+            selection, known, run.state, run.report, upgrade=wanted, allow_blocked=allow_blocked
+        )
+        locking.update(path, selection.section, section, run.state)
+        moved = locking.differences(before, section)
+        return "locked", {
             "lock": str(path),
             "section": selection.section,
             "kernel_release": section.kernel_release,
             "changes": moved,
-        },
-        "\n".join([f"wrote {_short(path)}: section {selection.section}", *(f"  {line}" for line in moved)]),
-    )
+        }
+
+    if len(selections) > 1:
+        _print_release(run, each_image(selections, run.report, one))
+        return
+    _, data = one(selections)
+    did = "as locked" if check else f"wrote {short(Path(data['lock']))}"
+    lines = [f"{did}: section {data['section']}"]
+    run.print(data, "\n".join([*lines, *(f"  {line}" for line in data["changes"])]))
 
 
 @cli.command()
@@ -654,11 +710,12 @@ def fetch(
     """
     from imagebuild.gather import Folder, gather
     from imagebuild.plan import plan as make_plan
+    from imagebuild.release import locked
     from imagebuild.render import render as render_plan
 
     run = _Run(as_json, verbose, quiet)
     selection = run.selection(arguments)
-    section = _locked(run, selection, allow_blocked)
+    section = locked(selection, run.state, run.report, allow_blocked=allow_blocked)
     plan = make_plan(selection, section, allow_blocked=allow_blocked)
     done = gather(plan, render_plan(plan), Folder(folder.absolute()), run.state, run.report)
     whole = sum(entry.size for entry in done.entries)
@@ -677,19 +734,21 @@ def fetch(
 
 
 @cli.command("list")
+@_file_option
 @_output_options
-def list_command(as_json: bool, verbose: bool, quiet: bool) -> None:
-    """Show bases, vendors and layers; disabled ones with the reason.
+def list_command(site_file: Path | None, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """Show bases, vendors and layers, disabled ones with the reason; targets and hosts of the site file.
 
     \b
     Example:
       imgbuild list
     """
     from imagebuild.compat import ORDERS, judge_range
-    from imagebuild.load import Catalogue, load_base, load_layer, load_rules, load_vendor
+    from imagebuild.load import Catalogue, load_base, load_layer, load_rules, load_site, load_vendor
 
     run = _Run(as_json, verbose, quiet)
-    catalogue = Catalogue.of(Path.cwd())
+    site = load_site(site_file, Path.cwd())
+    catalogue = Catalogue.of(site.folder)
     bases: list[dict[str, Any]] = []
     for name in catalogue.bases():
         base, _ = load_base(catalogue, name)
@@ -718,7 +777,15 @@ def list_command(as_json: bool, verbose: bool, quiet: bool) -> None:
                 lines.append(f"    disabled: {entry['disabled']['reason']}")
                 lines.append(f"              {entry['disabled']['link']}")
     lines += [f"layer {entry['name']:<20} tier {entry['tier']}  {entry['summary']}" for entry in layers]
-    run.print({"bases": bases, "layers": layers}, "\n".join(lines))
+    data: dict[str, list[dict[str, Any]]] = {"bases": bases, "layers": layers, "targets": [], "hosts": []}
+    for each in site.named:
+        entry = each.as_dict()
+        data[f"{each.kind}s"].append(entry)
+        said = [f"base {entry['base']}", f"vendor {'+'.join(entry['vendors'])}"]
+        said += [f"{word} {', '.join(entry[word])}" for word in ("with", "without") if entry[word]]
+        said += [f"kernel {entry['kernel']}"] if entry["kernel"] else []
+        lines.append(f"{each.kind} {each.name:<{25 - len(each.kind)}} {', '.join(said)}")
+    run.print(data, "\n".join(lines))
 
 
 @cli.command()
@@ -778,10 +845,11 @@ def _probe(run: _Run, selection: Selection, only: str | None) -> None:
     from imagebuild.build import probe as probe_pair
     from imagebuild.documents import nearest
     from imagebuild.plan import plan as make_plan
+    from imagebuild.release import locked
 
     if only is not None and only not in selection.kmods:
         raise DefinitionError(f"unknown kmod `{only}`", help=nearest(only, selection.kmods))
-    section = _locked(run, selection, True)
+    section = locked(selection, run.state, run.report, allow_blocked=True)
     made = make_plan(selection, section, allow_blocked=True)
     found = [
         probe_pair(made, name, run.state, run.report) for name in selection.kmods if only in (None, name)

@@ -186,7 +186,54 @@ def judge_range(kmod: str, driver: str | None, kernels: str, rules: Rules, order
     return Verdict(kmod, "unknown", driver, kernels)
 
 
-def blocked_error(verdict: Verdict) -> BlockedError:
+class BlockedPair(BlockedError):
+    """A rule blocks a driver on a kernel; `verdict` says which."""
+
+    def __init__(self, verdict: Verdict, what: str, *, where: Location | None, help: str) -> None:
+        super().__init__(what, where=where, help=help)
+        self.verdict = verdict
+
+
+_OPPOSITE = {">=": "<", ">": "<=", "<": ">=", "<=": ">", "=": "!=", "!=": "="}
+
+
+def pins(verdict: Verdict, rules: Rules, kernels: str, order: Order) -> tuple[str, ...]:
+    """The nearest kernels and drivers that a rule which blocks does not cover: `kernel: <6.12.97`.
+
+    What another rule blocks, and kernels outside `kernels`, the range a base can have, are left out.
+    """
+    blocking = verdict.rule
+    assert blocking is not None
+    own = [rule for rule, _ in rules if rule.kmod == verdict.kmod]
+    found: dict[str, None] = {}
+    for op, bound in bounds(blocking.kernel or ""):
+        pin = f"{_OPPOSITE[op]}{bound}"
+        after = judge_range(verdict.kmod, verdict.driver, f"{kernels}, {pin}", rules, order)
+        if not covers(f"{op}{bound}", kernels, order) and after.kind != "blocked":
+            found[f"kernel: {pin}"] = None
+    # Rules above the one that blocks let drivers through; those below see what it leaves.
+    above = own[: own.index(blocking)]
+    drivers = [rule.driver for rule in above if rule.driver and rule.verdict != "blocked"]
+    drivers += [f"{_OPPOSITE[op]}{bound}" for op, bound in bounds(blocking.driver or "")]
+    for pin in drivers:
+        first = next((rule for rule in own if _decides(rule, pin, verdict.kernel, order)), None)
+        if first is None or first.verdict != "blocked":
+            found[f"driver: {pin}"] = None
+    return tuple(found)
+
+
+def _decides(rule: CompatRule, drivers: str, kernel: str, order: Order) -> bool:
+    """Tell whether a rule surely covers all these drivers on a kernel release, or on a range of them."""
+    if rule.driver and not covers(rule.driver, drivers, order):
+        return False
+    if not rule.kernel:
+        return True
+    if bounds(kernel):
+        return covers(rule.kernel, kernel, order)
+    return in_range(kernel, rule.kernel, order)
+
+
+def blocked_error(verdict: Verdict) -> BlockedPair:
     """The error for a blocked pair: why, what still works, and how to try anyway."""
     assert verdict.rule is not None
     rule = verdict.rule
@@ -196,7 +243,8 @@ def blocked_error(verdict: Verdict) -> BlockedError:
     parts.append(
         "to try anyway: --allow-blocked, or `imgbuild compat --probe` to see whether the rule still holds"
     )
-    return BlockedError(
+    return BlockedPair(
+        verdict,
         f"{verdict.kmod} {verdict.driver or ''} is blocked on kernel {verdict.kernel}".replace("  ", " "),
         where=verdict.where,
         help="\n".join(parts),

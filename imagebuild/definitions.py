@@ -60,6 +60,17 @@ ImageName = Annotated[
         r"[a-zA-Z0-9][a-zA-Z0-9.-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
     ),
 ]
+ImageNameTemplate = Annotated[
+    str,
+    _whole(
+        r"([a-zA-Z0-9]|\{target\})([a-zA-Z0-9.-]|\{target\})*(:[0-9]+)?"
+        r"(/([a-z0-9]|\{target\})([a-z0-9._-]|\{target\})*)*"
+        r"(:([A-Za-z0-9_]|\{target\})([A-Za-z0-9._-]|\{target\}){0,127})?"
+    ),
+]
+"""An image name such as registry.example/name:tag; for `{target}` the name of the target or host is put."""
+TargetName = Annotated[str, _whole(r"[a-z0-9]+((\.|_{1,2}|-+)[a-z0-9]+)*", max_length=64)]
+"""Name of a target or host, fit for image names: lower-case letters and digits, with . _ - between them."""
 Word = Annotated[str, _whole(r"[A-Za-z0-9@%+=:,./_{}][A-Za-z0-9@%+=:,./_{}-]*")]
 """One shell word without anything a shell would expand, and never an option."""
 UnitName = Annotated[
@@ -412,14 +423,15 @@ class Wish(Strict, frozen=True, kw_only=True):
 class Target(Wish, frozen=True, kw_only=True):
     """One image of several that a site builds; what it does not say, the site says."""
 
-    name: Name | None = None
-    """What it is called in reports; without one, base and vendors."""
+    name: TargetName | None = None
+    """What it is called, in reports and image names; without one, its base and vendors: `debian-nvidia`."""
 
 
 class Host(Wish, frozen=True, kw_only=True):
     """One machine; what it does not say, the site says."""
 
-    name: Name
+    name: TargetName
+    """What it is called, in reports and image names."""
 
 
 class Site(Wish, frozen=True, kw_only=True):
@@ -433,12 +445,12 @@ class Site(Wish, frozen=True, kw_only=True):
     kmods: dict[Name, KmodOverride] = {}
     """Another source or version of a driver."""
     packages: tuple[PackageSpec, ...] | None = None
-    """Replaces the vendor's userland packages, for a driver from source."""
+    """Replaces the userland packages of the site's `vendor`, for a driver from source."""
     mirrors: MirrorMap = MirrorMap()
     cache: ImageName | None = None
     """REGISTRY/REPOSITORY that keeps kmod images."""
-    tags: tuple[ImageName, ...] = ()
-    """Names the finished image gets."""
+    tags: tuple[ImageNameTemplate, ...] = ()
+    """Names the finished image gets; several images need `{target}` in each."""
 
 
 FORMATS: Mapping[str, type[Strict]] = {
@@ -519,6 +531,8 @@ def describe_pattern(pattern: str) -> str:
         (Word, "one word without quotes, spaces or shell characters"),
         (ImageReference, "an image such as registry.example/name:tag"),
         (ImageName, "an image name such as registry.example/name:tag"),
+        (ImageNameTemplate, "an image name such as registry.example/name:tag or gpu:{target}"),
+        (TargetName, "lower-case letters and digits, with single . or _ or dashes between them, at most 64"),
         (Version, "a version such as 550.163.01"),
         (Sha256, "64 hexadecimal digits"),
     ):

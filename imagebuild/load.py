@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -17,6 +19,7 @@ from imagebuild.definitions import (
     Base,
     Compat,
     CompatRule,
+    Host,
     Kmod,
     KmodOverride,
     Layer,
@@ -26,15 +29,18 @@ from imagebuild.definitions import (
     Repository,
     Site,
     Strict,
+    Target,
     Units,
     Vendor,
+    Wish,
     describe_pattern,
 )
-from imagebuild.documents import nearest, parse, raise_all, read_yaml
+from imagebuild.documents import Document, nearest, parse, raise_all, read_yaml
 from imagebuild.errors import DefinitionError, Location
 
 T = TypeVar("T", bound=Strict)
 DEFAULT_BASE = "debian"
+NO_VENDOR = "none"
 SITE_FILE = "imgbuild.yaml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -117,6 +123,80 @@ class Piece:
     notices: tuple[Notice, ...] = ()
 
 
+Kind = Literal["target", "host"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A target or host of a site file. `wish` is what it says, and what the site says where it is silent."""
+
+    kind: Kind
+    name: str
+    own: Wish
+    wish: Wish
+    loc: tuple[str | int, ...]
+    """Where it stands in the site file."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is made of, as plain data."""
+        return {
+            "name": self.name,
+            "base": self.wish.base or DEFAULT_BASE,
+            "vendors": list(vendors_of(self.wish)),
+            "with": list(self.wish.with_),
+            "without": list(self.wish.without),
+            "kernel": self.wish.kernel,
+        }
+
+
+@dataclass(frozen=True)
+class SiteFile:
+    """A site file: what it says, the folder it lies in, and where in it everything stands."""
+
+    site: Site
+    folder: Path
+    document: Document | None = None
+
+    @property
+    def shown(self) -> str:
+        """Its name as a person knows it."""
+        return self.document.shown if self.document else SITE_FILE
+
+    @property
+    def named(self) -> tuple[Named, ...]:
+        """Its targets and hosts."""
+        found = [self._named("target", i, target) for i, target in enumerate(self.site.targets)]
+        return (*found, *(self._named("host", i, host) for i, host in enumerate(self.site.hosts)))
+
+    def _named(self, kind: Kind, number: int, own: Target | Host) -> Named:
+        wish = _joined(self.site, own)
+        name = own.name or "-".join([wish.base or DEFAULT_BASE, *vendors_of(wish)])
+        return Named(kind, name, own, wish, (f"{kind}s", number))
+
+    def locate(self, loc: Iterable[str | int]) -> Location | None:
+        """The place of a field; None where there is no file."""
+        return self.document.locate(loc) if self.document else None
+
+
+def vendors_of(wish: Wish) -> tuple[str, ...]:
+    """The vendors of a wish: each once, in an order that does not depend on how they were written."""
+    named = wish.vendors or ((wish.vendor,) if wish.vendor is not None else ())
+    return tuple(sorted(set(named))) or (NO_VENDOR,)
+
+
+def _joined(site: Site, own: Wish) -> Wish:
+    """What a target or host says, and what the site says where it is silent. Layers add up."""
+    speaker = own if own.vendor is not None or own.vendors else site
+    return Wish(
+        base=own.base or site.base,
+        vendor=speaker.vendor,
+        vendors=speaker.vendors,
+        with_=(*(name for name in site.with_ if name not in own.without), *own.with_),
+        without=(*(name for name in site.without if name not in own.with_), *own.without),
+        kernel=own.kernel or site.kernel,
+    )
+
+
 @dataclass(frozen=True)
 class Selection:
     """What one image is made of: the value that `lock`, `plan` and `render` work on."""
@@ -126,7 +206,7 @@ class Selection:
     base_reason: str
     base: Base
     base_folder: Path
-    vendor_name: str
+    vendors: tuple[str, ...]
     pieces: tuple[Piece, ...]
     site: Site
     site_folder: Path
@@ -136,14 +216,36 @@ class Selection:
     """Another kernel than the stock one, as `definitions.KernelChoice`."""
     left_out: tuple[str, ...] = ()
     """Layers that were asked for but belong to a higher tier."""
+    target: str = ""
+    """The site's target this is; empty for none."""
+    host: str = ""
+    """The site's host this is for; empty for none."""
+    site_file: SiteFile | None = field(default=None, repr=False, compare=False)
+    """Where the site's fields stand."""
+
+    @property
+    def vendor_name(self) -> str:
+        """Its vendors as one word."""
+        return "+".join(self.vendors)
+
+    @property
+    def name(self) -> str:
+        """What the finished image is called: the target or host, else base and vendors."""
+        of_parts = [self.base_name, *(self.vendors if self.tier >= 2 else ())]
+        return self.target or self.host or "-".join(of_parts)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of its layers, each after those it requires."""
+        return tuple(piece.name for piece in self.pieces if piece.kind == "layer")
 
     @property
     def section(self) -> str:
-        """Key of this selection in the lockfile: base × vendor × layer set."""
-        if self.tier == 1:
-            return self.base_name
-        layers = [p.name for p in self.pieces if p.kind == "layer"]
-        return "/".join([self.base_name, self.vendor_name, "+".join(sorted(layers)) or "-"])
+        """Key of this selection in the lockfile: base × vendors × layer set, and a kernel that was chosen."""
+        parts = [self.base_name]
+        if self.tier >= 2:
+            parts += [self.vendor_name, "+".join(sorted(self.layers)) or "-"]
+        return "/".join([*parts, *([self.kernel.replace(" ", "")] if self.kernel else [])])
 
     @property
     def kmods(self) -> dict[str, tuple[Kmod, Piece]]:
@@ -349,96 +451,274 @@ def _override(kmod: Kmod, change: KmodOverride | None, site_folder: Path) -> Kmo
     )
 
 
-def load_site(path: Path | None, folder: Path) -> tuple[Site, Path]:
-    """Load the site file: the one named, else `imgbuild.yaml` in `folder`, else an empty one."""
+def load_site(path: Path | None, folder: Path) -> SiteFile:
+    """Load the site file: the one named, else `imgbuild.yaml` in `folder`, else an empty one.
+
+    Raises:
+        DefinitionError: it is not valid, or two of its targets or hosts have the same name.
+    """
     if path is None:
         path = folder / SITE_FILE
         if not path.is_file():
-            return Site(), folder
+            return SiteFile(Site(), folder)
     shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
     document = read_yaml(path, shown)
-    return parse(document, Site, describe_pattern), path.resolve().parent
+    site_file = SiteFile(parse(document, Site, describe_pattern), path.resolve().parent, document)
+    known: dict[str, Named] = {}
+    problems = []
+    for each in site_file.named:
+        first = known.setdefault(each.name, each)
+        if first is not each:
+            line = document.locate(first.loc).line
+            problems.append(
+                DefinitionError(
+                    f"{each.kind} `{each.name}` has the name of the {first.kind} in line {line}",
+                    where=document.locate((*each.loc, "name")),
+                    help="images are called after it: give one of them another `name`",
+                )
+            )
+    raise_all(problems)
+    return site_file
+
+
+@contextmanager
+def _asked_at(where: Location | None) -> Iterator[None]:
+    """Give an error that has no place the place of what asked for it."""
+    try:
+        yield
+    except DefinitionError as error:
+        if where is None or error.where is not None:
+            raise
+        raise DefinitionError(
+            error.what, where=where, help=error.help, lines=error.lines, others=error.others
+        ) from None
+
+
+def _chosen(site_file: SiteFile, kind: Kind, name: str) -> Named:
+    """A target or host by name. Raises DefinitionError for an unknown one."""
+    known = {each.name: each for each in site_file.named if each.kind == kind}
+    if name not in known:
+        help = nearest(name, known) or f"`{site_file.shown}` has no `{kind}s:`"
+        raise DefinitionError(f"unknown {kind} `{name}`", help=help)
+    return known[name]
+
+
+def _place(site_file: SiteFile, chosen: Named | None, value: str, *fields: str) -> Location | None:
+    """Where a site file says `value` in one of these fields; a target's or host's own words come first."""
+    levels: list[tuple[Wish, tuple[str | int, ...]]] = [(site_file.site, ())]
+    if chosen is not None:
+        levels.insert(0, (chosen.own, chosen.loc))
+    for wish, loc in levels:
+        for name in fields:
+            said = getattr(wish, "with_" if name == "with" else name)
+            if said == value:
+                return site_file.locate((*loc, name))
+            if isinstance(said, tuple) and value in said:
+                return site_file.locate((*loc, name, said.index(value)))
+    return None
+
+
+def load_all(
+    *,
+    base: str | None = None,
+    vendor: str | Sequence[str] | None = None,
+    site_file: Path | None = None,
+    folder: Path | None = None,
+    hosts: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    all_hosts: bool = False,
+    **options: Any,
+) -> tuple[Selection, ...]:
+    """Load every image that is asked for: hosts and targets by name, all hosts, else the site's targets.
+
+    A site without targets, or a base or vendor by name, is one image. Arguments: see `load`.
+
+    Raises:
+        DefinitionError: anything that is not valid, in any of them.
+    """
+    read = load_site(site_file, folder or Path.cwd())
+    asked: list[tuple[str | None, str | None]] = [(name, None) for name in dict.fromkeys(targets)]
+    if all_hosts:
+        if not read.site.hosts:
+            raise DefinitionError(
+                f"`{read.shown}` has no `hosts:`", help="add some, or leave out --all-hosts"
+            )
+        hosts = [*hosts, *(host.name for host in read.site.hosts)]
+    asked += [(None, name) for name in dict.fromkeys(hosts)]
+    if not asked and base is None and not _names(vendor):
+        asked = [(each.name, None) for each in read.named if each.kind == "target"]
+    found: list[Selection] = []
+    problems: list[DefinitionError] = []
+    for target, host in asked or [(None, None)]:
+        try:
+            found.append(
+                load(
+                    base=base,
+                    vendor=vendor,
+                    site_file=site_file,
+                    folder=folder,
+                    target=target,
+                    host=host,
+                    **options,
+                )
+            )
+        except DefinitionError as error:
+            for one in (error, *error.others):  # what several images share is wrong once
+                if all((one.what, one.where) != (known.what, known.where) for known in problems):
+                    problems.append(one)
+    raise_all(problems)
+    return tuple(found)
 
 
 def load(
     *,
     tier: int,
     base: str | None = None,
-    vendor: str | None = None,
+    vendor: str | Sequence[str] | None = None,
     with_layers: Sequence[str] = (),
     without_layers: Sequence[str] = (),
     site_file: Path | None = None,
     mirror_map: Path | None = None,
     folder: Path | None = None,
+    target: str | None = None,
+    host: str | None = None,
 ) -> Selection:
     """Load everything that one image is made of.
 
     Args:
         tier: 1, 2 or 3.
-        base, vendor: names; else the site file's, else `debian` and `none`.
+        base, vendor: names, of vendors also several; else the site file's, else `debian` and `none`.
         with_layers, without_layers: added to the site file's own lists.
         site_file: else `imgbuild.yaml` in `folder`, if there.
         mirror_map: replaces the site file's mirrors.
         folder: where the site's own `base/` and `layers/` lie (default: the site file's folder).
+        target, host: one of the site file's; what it says goes before what the site says.
 
     Raises:
         DefinitionError: anything that is not valid, with all problems of the file at once.
     """
-    site, site_folder = load_site(site_file, folder or Path.cwd())
-    catalogue = Catalogue.of(site_folder)
+    read = load_site(site_file, folder or Path.cwd())
+    chosen = None
+    if target is not None:
+        chosen = _chosen(read, "target", target)
+    elif host is not None:
+        chosen = _chosen(read, "host", host)
+    wish = chosen.wish if chosen else read.site
+    catalogue = Catalogue.of(read.folder)
+    where = None
     if base is not None:  # the empty text of a variable that nobody set is no base, not the default
         reason = "--base"
-    elif site.base:
-        base, reason = site.base, "site file"
+    elif wish.base:
+        base, where = wish.base, _place(read, chosen, wish.base, "base")
+        reason = f"{chosen.kind} {chosen.name}" if chosen and chosen.own.base else "site file"
     else:
         base, reason = DEFAULT_BASE, "default; no --base, no site file names one"
-    found_base, base_folder = load_base(catalogue, base)
-    vendor = vendor if vendor is not None else site.vendor or "none"
-    found_vendor, vendor_folder = load_vendor(catalogue, base, vendor)
-    pieces: list[Piece] = []
-    left_out: list[str] = []
-    if tier >= 2:
-        unknown = [n for n in (*site.without, *without_layers) if n not in catalogue.layers()]
-        if unknown:
-            raise DefinitionError(
-                f"unknown layer `{unknown[0]}`", help=nearest(unknown[0], catalogue.layers())
-            )
-        chosen = _select_layers(
-            catalogue,
-            base,
-            dict.fromkeys([*found_vendor.layers, *site.with_, *with_layers]),
-            [n for n in (*site.without, *without_layers) if n not in with_layers],
-        )
-        part = Part(**{name: getattr(found_vendor, name) for name in Part.__struct_fields__})
-        if site.packages is not None:
-            part = msgspec.structs.replace(part, packages=site.packages)
-        pieces.append(
-            Piece(
-                "vendor",
-                vendor,
-                found_vendor.summary,
-                2,
-                vendor_folder,
-                part,
-                load_rules(catalogue, vendor_folder),
-            )
-        )
-        for name, (layer, layer_folder) in chosen.items():
-            if layer.tier > tier:
-                left_out.append(name)
-            else:
-                pieces.append(
-                    Piece(
-                        "layer",
-                        name,
-                        layer.summary,
-                        layer.tier,
-                        layer_folder,
-                        _merge(layer, base, found_base),
-                        load_rules(catalogue, layer_folder),
-                        layer.notices,
-                    )
+    with _asked_at(where):
+        found_base, base_folder = load_base(catalogue, base)
+    asked = _names(vendor)
+    vendors = tuple(sorted(set(asked))) or vendors_of(wish)
+    found_vendors: dict[str, tuple[Vendor, Path]] = {}
+    for name in vendors:
+        with _asked_at(None if asked else _place(read, chosen, name, "vendor", "vendors")):
+            found_vendors[name] = load_vendor(catalogue, base, name)
+            if name == NO_VENDOR and len(vendors) > 1:
+                others = ", ".join(f"`{other}`" for other in vendors if other != name)
+                raise DefinitionError(
+                    f"vendor `{name}` cannot be beside {others}", help=f"leave out `{name}`"
                 )
+    if tier >= 2:
+        for name in (*wish.with_, *with_layers, *wish.without, *without_layers):
+            if name not in catalogue.layers():
+                on_command_line = name in with_layers or name in without_layers
+                raise DefinitionError(
+                    f"unknown layer `{name}`",
+                    where=None if on_command_line else _place(read, chosen, name, "with", "without"),
+                    help=_advice(name, catalogue.layers()),
+                )
+    with _asked_at(read.locate(chosen.loc) if chosen else None):
+        pieces, left_out = _pieces(
+            read,
+            catalogue,
+            chosen,
+            tier,
+            (base, found_base),
+            found_vendors,
+            (*wish.with_, *with_layers),
+            [n for n in (*wish.without, *without_layers) if n not in with_layers],
+        )
+        mirrors, mirrors_folder = read.site.mirrors, read.folder
+        if mirror_map is not None:
+            mirrors = parse(read_yaml(mirror_map), MirrorMap, describe_pattern)
+            mirrors_folder = mirror_map.resolve().parent
+        selection = Selection(
+            tier=tier,
+            base_name=base,
+            base_reason=reason,
+            base=found_base,
+            base_folder=base_folder,
+            vendors=vendors,
+            pieces=pieces,
+            site=read.site,
+            site_folder=read.folder,
+            mirrors=mirrors,
+            mirrors_folder=mirrors_folder,
+            kernel=wish.kernel,
+            left_out=left_out,
+            target=target or "",
+            host=host or "",
+            site_file=read,
+        )
+        _ = selection.repositories  # two that differ are told now, not when they are asked
+    return selection
+
+
+def _names(vendor: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (vendor,) if isinstance(vendor, str) else tuple(vendor or ())
+
+
+def _pieces(
+    site_file: SiteFile,
+    catalogue: Catalogue,
+    chosen: Named | None,
+    tier: int,
+    base: tuple[str, Base],
+    vendors: Mapping[str, tuple[Vendor, Path]],
+    with_layers: Sequence[str],
+    without_layers: Sequence[str],
+) -> tuple[tuple[Piece, ...], tuple[str, ...]]:
+    """What is stacked on the base, with the site's changes; and layers that belong to a higher tier."""
+    if tier < 2:
+        return (), ()
+    site = site_file.site
+    brought = [name for vendor, _ in vendors.values() for name in vendor.layers]
+    chosen_layers = _select_layers(
+        catalogue, base[0], dict.fromkeys([*brought, *with_layers]), without_layers
+    )
+    _check_files({name: folder for name, (_, folder) in vendors.items()})
+    replaced = _userland_of(site_file, tuple(vendors), chosen)
+    pieces: list[Piece] = []
+    for name, (vendor, folder) in vendors.items():
+        part = Part(**{field: getattr(vendor, field) for field in Part.__struct_fields__})
+        if name == replaced and site.packages is not None:
+            part = msgspec.structs.replace(part, packages=site.packages)
+        pieces.append(Piece("vendor", name, vendor.summary, 2, folder, part, load_rules(catalogue, folder)))
+    left_out: list[str] = []
+    for name, (layer, folder) in chosen_layers.items():
+        if layer.tier > tier:
+            left_out.append(name)
+        else:
+            pieces.append(
+                Piece(
+                    "layer",
+                    name,
+                    layer.summary,
+                    layer.tier,
+                    folder,
+                    _merge(layer, *base),
+                    load_rules(catalogue, folder),
+                    layer.notices,
+                )
+            )
     known: dict[str, Piece] = {}
     for piece in pieces:
         for name in piece.part.kmods:
@@ -449,38 +729,68 @@ def load(
                     help="leave one of them out, or give its kmod another name",
                 )
             known[name] = piece
-    if tier >= 2:
-        for name in site.kmods:
-            if name not in known:
-                raise DefinitionError(
-                    f"the site file changes kmod `{name}`, which this image does not have",
-                    help=nearest(name, known),
-                )
-    changed = [_with_overrides(piece, site, site_folder) for piece in pieces]
+    for name in site.kmods:
+        # With targets or hosts, another image may have it.
+        if name not in known and not (site_file.named and name in _all_kmods(catalogue)):
+            raise DefinitionError(
+                f"the site file changes kmod `{name}`, which this image does not have",
+                where=site_file.locate(("kmods", name)),
+                help=nearest(name, known),
+            )
+    changed = tuple(_with_overrides(piece, site, site_file.folder) for piece in pieces)
     for name, kmod in ((name, kmod) for piece in changed for name, kmod in piece.part.kmods.items()):
         if kmod.core and f"{name}-core" in known:
             raise DefinitionError(
                 f"kmod `{name}-core` has the name of the core of kmod `{name}`", help="give it another name"
             )
-    mirrors, mirrors_folder = site.mirrors, site_folder
-    if mirror_map is not None:
-        mirrors = parse(read_yaml(mirror_map), MirrorMap, describe_pattern)
-        mirrors_folder = mirror_map.resolve().parent
-    return Selection(
-        tier=tier,
-        base_name=base,
-        base_reason=reason,
-        base=found_base,
-        base_folder=base_folder,
-        vendor_name=vendor,
-        pieces=tuple(changed),
-        site=site,
-        site_folder=site_folder,
-        mirrors=mirrors,
-        mirrors_folder=mirrors_folder,
-        kernel=site.kernel,
-        left_out=tuple(left_out),
+    return changed, tuple(left_out)
+
+
+def _userland_of(site_file: SiteFile, vendors: Sequence[str], chosen: Named | None) -> str | None:
+    """The vendor whose packages the site replaces: its own `vendor`, else the image's only one."""
+    site = site_file.site
+    if site.packages is None:
+        return None
+    if site.vendor is not None:
+        return site.vendor
+    if len(vendors) == 1 and chosen is None:
+        return vendors[0]
+    raise DefinitionError(
+        "`packages` does not tell which vendor's packages it replaces",
+        where=site_file.locate(("packages",)),
+        help="name that `vendor` at the top level of the site file; targets and hosts may name others",
     )
+
+
+def _check_files(vendors: Mapping[str, Path]) -> None:
+    """Refuse vendors of which one would overwrite a file of the other: no order among them is right."""
+    files = {
+        name: {
+            str(path.relative_to(folder)).removesuffix(".j2")
+            for path in (folder / "files").rglob("*")
+            if path.is_symlink() or not path.is_dir()
+        }
+        for name, folder in vendors.items()
+    }
+    for one, other in combinations(vendors, 2):
+        for path in sorted(files[one] & files[other]):
+            raise DefinitionError(
+                f"vendors `{one}` and `{other}` both bring `{path}`",
+                help="put it into one of them, or leave it to a layer",
+            )
+
+
+def _all_kmods(catalogue: Catalogue) -> set[str]:
+    """Names of the kmods of all vendors and layers there are."""
+    parts: list[Part] = [
+        load_vendor(catalogue, base, name)[0]
+        for base in catalogue.bases()
+        for name in catalogue.vendors(base)
+    ]
+    for name in catalogue.layers():
+        layer, _ = load_layer(catalogue, name)
+        parts += [layer, *layer.for_.values()]
+    return {name for part in parts for name in part.kmods}
 
 
 def _with_overrides(piece: Piece, site: Site, site_folder: Path) -> Piece:

@@ -216,7 +216,8 @@ def request_of(selection: Selection, base_digest: str = "") -> str:
         [as_json(repository) for repository, _ in selection.repositories],
         list(selection.base.toolchain),
     ]
-    for piece in selection.pieces:
+    # In an order of its own: images with the same layers in another order have one section.
+    for piece in sorted(selection.pieces, key=lambda piece: (piece.kind, piece.name)):
         asked.append([piece.name, list(piece.part.packages)])
         if piece.part.images:
             asked.append(list(piece.part.images))

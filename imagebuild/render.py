@@ -486,6 +486,7 @@ def _rendered_file(plan: Plan, file: ContextFile) -> ContextFile:
                 kernel_release=plan.kernel_release,
                 base=plan.selection.base_name,
                 vendor=plan.selection.vendor_name,
+                vendors=plan.selection.vendors,
                 site=plan.selection.site,
                 images=_pinned_images(plan),
             )

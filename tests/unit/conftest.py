@@ -47,11 +47,16 @@ class Site:
         for name in ("base", "layers"):
             shutil.copytree(shipped() / name, self.folder / name, symlinks=True)
 
-    def load(self, base: str = "debian", vendor: str = "none", **options: Any) -> Selection:
+    def load(self, base: str = "debian", vendor: str | list[str] = "none", **options: Any) -> Selection:
         return load(**{"tier": 2, "base": base, "vendor": vendor, "folder": self.folder, **options})
 
     def rendered(
-        self, base: str = "debian", vendor: str = "none", *, section: Any = synthetic_section, **options: Any
+        self,
+        base: str = "debian",
+        vendor: str | list[str] = "none",
+        *,
+        section: Any = synthetic_section,
+        **options: Any,
     ) -> dict[str, Rendered]:
         """Every node by name; `section=None` leaves the plan unlocked."""
         selection = self.load(base, vendor, **options)

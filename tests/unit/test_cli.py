@@ -274,6 +274,23 @@ def test_list_shows_what_is_disabled_with_reason_and_link(imgbuild: Imgbuild) ->
     assert out.count("https://github.com/ROCm/legacy-rocm-build/issues/5111") == 2
 
 
+def test_list_shows_targets_and_hosts_with_what_the_site_adds(site: Site, imgbuild: Imgbuild) -> None:
+    site.write(
+        "fleet/imgbuild.yaml",
+        "vendor: nvidia\nwith: [zfs]\ntargets: [{}]\n"
+        "hosts: [{name: web, vendors: [nvidia, amd], without: [cdi], kernel: '>=6.12.100'}]\n",
+    )
+    found = imgbuild("list", "-f", "fleet/imgbuild.yaml").out.splitlines()
+    assert found[-2:] == [
+        "target debian-nvidia       base debian, vendor nvidia, with zfs",
+        "host web                   base debian, vendor amd+nvidia, with zfs, without cdi, kernel >=6.12.100",
+    ]
+    data = json.loads(imgbuild("list", "-f", "fleet/imgbuild.yaml", "--json").out)
+    assert data["targets"][0]["name"] == "debian-nvidia"
+    assert data["hosts"][0]["vendors"] == ["amd", "nvidia"]
+    assert json.loads(imgbuild("list", "--json").out)["hosts"] == []
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script(imgbuild: Imgbuild, shell: str) -> None:
     found = imgbuild("completion", shell)
@@ -287,11 +304,16 @@ def test_completion_prints_a_script(imgbuild: Imgbuild, shell: str) -> None:
         ("imgbuild plan --base centos --vendor ", "n", {"nvidia", "none"}),
         ("imgbuild plan --with ", "z", {"zfs"}),
         ("imgbuild b", "b", {"build"}),
+        ("imgbuild build --host ", "", {"web", "gpu"}),
+        ("imgbuild plan --target ", "b", {"big"}),
+        ("imgbuild build -f broken.yaml --host ", "", set()),
     ],
 )
 def test_completion_offers_the_names_there_are(site: Site, line: str, word: str, offered: set[str]) -> None:
     from click.shell_completion import ShellComplete
 
+    site.write("imgbuild.yaml", "targets: [{name: big}]\nhosts: [{name: web}, {name: gpu}]\n")
+    site.write("broken.yaml", "hosts: [web\n")
     words = line.split()[1:]
     if word and words[-1] == word:
         words = words[:-1]

@@ -7,7 +7,7 @@ from conftest import Site
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from imagebuild.compat import ORDERS, as_deep_as, blocked_error, covers, in_range, judge, judge_range
+from imagebuild.compat import ORDERS, as_deep_as, blocked_error, covers, in_range, judge, judge_range, pins
 from imagebuild.definitions import CompatRule
 from imagebuild.errors import BlockedError, DefinitionError, Location
 from imagebuild.lock import precheck
@@ -219,6 +219,68 @@ def test_blocked_error_says_why_what_works_and_how_to_try() -> None:
     assert first == "it does not compile (https://x.example/5111)"
     assert second == "what still works: driver 2"
     assert "--allow-blocked" in third
+
+
+# --- pins ---
+
+
+@pytest.mark.parametrize(
+    ("each", "found"),
+    [
+        ([{"kernel": ">=6.12.97, <6.13", **BLOCKED}], ["kernel: <6.12.97"]),
+        ([{"kernel": ">=6.12.97, <6.12.200", **BLOCKED}], ["kernel: <6.12.97", "kernel: >=6.12.200"]),
+        ([{"kernel": "=6.12.117", **BLOCKED}], ["kernel: !=6.12.117"]),
+        ([{"kernel": ">=6.12", "driver": "<2", **BLOCKED}], ["driver: >=2"]),
+        ([{"driver": ">=1.2, <=1.7", **BLOCKED}], ["driver: <1.2", "driver: >1.7"]),
+        ([BLOCKED], []),
+        # A rule above lets a driver through, another below takes what this one leaves.
+        ([{"driver": "=1.4", "verdict": "patch", "patch": "p"}, {"driver": "<2", **BLOCKED}],
+         ["driver: =1.4", "driver: >=2"]),
+        ([{"driver": "=1.4", "kernel": "<6.12.50"}, {"driver": "<2", **BLOCKED}], ["driver: >=2"]),
+        ([{"driver": "<2", **BLOCKED}, {"driver": "<3", **BLOCKED}, {"driver": ">=2", **BLOCKED}], []),
+        ([{"kernel": ">=6.12.97", **BLOCKED}, {"kernel": "<6.12.97", **BLOCKED}], []),
+    ],
+)  # fmt: skip
+def test_pins_are_the_nearest_pairs_the_rule_does_not_cover(
+    each: list[dict[str, str]], found: list[str]
+) -> None:
+    all_rules = rules(*each)
+    verdict = judge("toy", "1.5", "6.12.117+deb13-amd64", all_rules, APT)
+    assert verdict.kind == "blocked"
+    assert list(pins(verdict, all_rules, ">=6.12, <6.13", APT)) == found
+
+
+def test_pins_of_a_base_whose_kernels_are_all_blocked_name_drivers_alone() -> None:
+    all_rules = rules({"kernel": ">=6.12", "driver": "<6.18", **BLOCKED})
+    verdict = judge_range("toy", "6.16.13", ">=6.12, <6.13", all_rules, APT)
+    assert pins(verdict, all_rules, ">=6.12, <6.13", APT) == ("driver: >=6.18",)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"verdict": st.sampled_from(["ok", "blocked"])}, optional={"kernel": _RANGE, "driver": _RANGE}
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    _BARE,
+    _FULL,
+    st.lists(_FULL, min_size=5, max_size=15),
+)
+def test_pinned_kernel_or_driver_is_not_stopped_by_the_same_rule(
+    each: list[dict[str, str]], driver: str, kernel: str, others: list[str]
+) -> None:
+    all_rules = rules(*each)
+    verdict = judge("toy", driver, kernel, all_rules, APT)
+    assume(verdict.kind == "blocked")
+    for pin in pins(verdict, all_rules, ">=0", APT):
+        kind, bound = pin.split(": ")
+        for other in others:
+            if in_range(other, bound, APT):
+                pair = (driver, other) if kind == "kernel" else (other, kernel)
+                after = judge("toy", *pair, all_rules, APT)
+                assert after.kind != "blocked" or after.where != verdict.where
 
 
 # --- the shipped rules ------------------------------------------------------------------------------

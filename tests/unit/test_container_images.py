@@ -91,7 +91,9 @@ def test_registries_are_asked_where_the_mirror_map_says_and_only_for_what_is_not
 
 
 def test_image_its_registry_does_not_have_is_named(layered: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "run", lambda argv, **_: Result(tuple(argv), 1, "", "", ("manifest unknown",)))
+    monkeypatch.setattr(
+        solvers, "run", lambda argv, **_: Result(tuple(argv), 1, "", "", ("manifest unknown",))
+    )
     with pytest.raises(UnavailableError, match="llm/server:v1"):
         lock.image_digests(selected(layered), {})
 

@@ -9,9 +9,14 @@ import pytest
 from conftest import Outcome, Site
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_lock import synthetic_section
 
+from imagebuild.build import default_name, journal_name
+from imagebuild.definitions import check_image_name
 from imagebuild.errors import DefinitionError
-from imagebuild.load import DEFAULT_BASE, Catalogue, shipped
+from imagebuild.load import DEFAULT_BASE, Catalogue, Selection, load_all, shipped
+from imagebuild.lock import request_of
+from imagebuild.plan import plan
 
 Imgbuild = Callable[..., Outcome]
 
@@ -337,3 +342,295 @@ def test_site_file_named_by_option_makes_its_folder_the_site(site: Site, tmp_pat
     (other / "imgbuild.yaml").write_text("with: [own]\n")
     selection = site.load(site_file=other / "imgbuild.yaml")
     assert (selection.site_folder, _names(selection)) == (other, ["own"])
+
+
+# --- several vendors --------------------------------------------------------------------------------
+
+
+def _vendor(site: Site, name: str, text: str = "") -> None:
+    site.write(f"base/debian/{name}/vendor.yaml", f"summary: {name}\n{text}")
+    site.write(f"base/debian/{name}/src/Kbuild", "obj-m = x.o\n")
+
+
+def _toy(name: str) -> str:
+    return TOY.split("\n", 1)[1].replace("toy", name)
+
+
+def test_vendors_are_pieces_of_one_image_with_their_drivers_and_layers(site: Site) -> None:
+    _vendor(site, "other", _toy("other"))
+    selection = site.load(vendor=["other", "nvidia"])
+    assert [(p.kind, p.name) for p in selection.pieces] == [
+        ("vendor", "nvidia"),
+        ("vendor", "other"),
+        ("layer", "cdi"),
+    ]
+    assert list(selection.kmods) == ["nvidia", "other"]
+    assert selection.pieces[1].folder == site.folder / "base/debian/other"
+    assert (selection.vendor_name, selection.section) == ("nvidia+other", "debian/nvidia+other/cdi")
+    nodes = site.rendered(vendor=["nvidia", "other"])
+    assert {"kmod-nvidia", "kmod-other"} <= set(nodes["tier2"].node.parents)
+
+
+def test_order_of_vendors_changes_nothing(site: Site) -> None:
+    _vendor(site, "other", _toy("other"))
+    keys = [
+        {name: item.key for name, item in site.rendered(vendor=vendor).items()}
+        for vendor in (["other", "nvidia"], ["nvidia", "other", "nvidia"])
+    ]
+    assert keys[0] == keys[1]
+
+
+def test_image_of_several_vendors_has_names_that_can_be(site: Site) -> None:
+    _vendor(site, "other")
+    selection = site.load(vendor=["nvidia", "other"])
+    assert default_name(selection) == "localhost/imgbuild/debian-nvidia-other:tier2"
+    check_image_name(default_name(selection))
+    made = plan(selection, synthetic_section(selection))
+    assert journal_name(made, made.target) == "debian_nvidia+other_cdi-tier2"
+
+
+def test_site_file_names_several_vendors(site: Site) -> None:
+    _vendor(site, "other")
+    site.write("imgbuild.yaml", "vendors: [other, nvidia]\n")
+    assert site.load(vendor=None).vendors == ("nvidia", "other")
+    assert site.load(vendor="none").vendors == ("none",)
+
+
+def test_vendors_with_the_same_kmod_are_refused(site: Site) -> None:
+    _vendor(site, "one", _toy("same"))
+    _vendor(site, "two", _toy("same"))
+    with pytest.raises(DefinitionError, match="kmod `same` is in vendor `one` and in vendor `two`"):
+        site.load(vendor=["one", "two"])
+
+
+def test_vendors_that_define_a_repository_differently_are_refused(site: Site) -> None:
+    for name in ("one", "two"):
+        _vendor(site, name, f"repositories: [{{name: r, uri: 'http://{name}.example', suites: [x]}}]\n")
+    site.load(vendor="one")
+    with pytest.raises(DefinitionError, match="two definitions of repository `r` differ") as raised:
+        site.load(vendor=["one", "two"])
+    assert "base/debian/one and " in raised.value.help
+
+
+def test_vendors_that_bring_the_same_file_are_refused(site: Site) -> None:
+    _vendor(site, "one")
+    _vendor(site, "two")
+    site.write("base/debian/one/files/usr/lib/a.conf", "1")
+    site.write("base/debian/two/files/usr/lib/b.conf", "2")
+    site.load(vendor=["one", "two"])
+    site.write("base/debian/two/files/usr/lib/a.conf.j2", "2")
+    with pytest.raises(DefinitionError, match=r"vendors `one` and `two` both bring `files/usr/lib/a\.conf`"):
+        site.load(vendor=["one", "two"])
+
+
+def test_none_beside_another_vendor_is_refused_at_its_place(site: Site) -> None:
+    with pytest.raises(DefinitionError, match="vendor `none` cannot be beside `nvidia`"):
+        site.load(vendor=["none", "nvidia"])
+    site.write("imgbuild.yaml", "vendors: [nvidia, none]\n")
+    with pytest.raises(DefinitionError) as raised:
+        site.load(vendor=None)
+    assert str(raised.value.where) == "imgbuild.yaml:1:19  vendors[1]"
+
+
+def test_packages_of_the_site_replace_those_of_its_own_vendor(site: Site) -> None:
+    _vendor(site, "other", "packages: [libother]\n")
+    site.write(
+        "imgbuild.yaml",
+        "vendor: nvidia\npackages: [libours]\n"
+        "targets: [{vendors: [nvidia, other]}, {vendor: other}]\nhosts: [{name: a}]\n",
+    )
+    both, other, host = load_all(tier=2, folder=site.folder, targets=["debian-nvidia-other", "debian-other"],
+                                 hosts=["a"])  # fmt: skip
+    assert [p.part.packages for p in both.pieces if p.kind == "vendor"] == [("libours",), ("libother",)]
+    assert [p.part.packages for p in other.pieces] == [("libother",)]
+    assert host.pieces[0].part.packages == ("libours",)
+
+
+@pytest.mark.parametrize("text", ["vendors: [nvidia, other]", "targets: [{vendor: nvidia}]"])
+def test_packages_that_could_be_of_several_vendors_are_refused(site: Site, text: str) -> None:
+    _vendor(site, "other")
+    site.write("imgbuild.yaml", f"packages: [libours]\n{text}\n")
+    with pytest.raises(DefinitionError) as raised:
+        load_all(tier=2, folder=site.folder)
+    assert raised.value.what == "`packages` does not tell which vendor's packages it replaces"
+    assert str(raised.value.where) == "imgbuild.yaml:1:11  packages"
+
+
+# --- targets and hosts ------------------------------------------------------------------------------
+
+FLEET = """\
+base: debian
+vendor: nvidia
+with: [zfs, a]
+without: [cdi]
+kernel: ">=6.12"
+targets:
+  - {}
+  - {name: big, base: centos, with: [b]}
+hosts:
+  - {name: silent}
+  - name: own
+    vendors: [none]
+    with: [b, cdi]
+    without: [zfs]
+    kernel: "=6.12.117"
+"""
+
+
+@pytest.fixture
+def fleet(site: Site) -> Site:
+    _layers(site, a="", b="")
+    site.write("imgbuild.yaml", FLEET)
+    return site
+
+
+def _load(site: Site, **options: object) -> Selection:
+    return site.load(**{"base": None, "vendor": None, **options})  # type: ignore[arg-type]
+
+
+def test_what_a_host_does_not_say_the_site_says(fleet: Site) -> None:
+    host = _load(fleet, host="silent")
+    assert (host.base_name, host.base_reason, host.vendors) == ("debian", "site file", ("nvidia",))
+    assert (_names(host), host.kernel, host.name) == (["zfs", "a"], ">=6.12", "silent")
+
+
+def test_what_a_host_says_goes_before_what_the_site_says(fleet: Site) -> None:
+    host = _load(fleet, host="own")
+    assert (host.vendors, host.kernel, _names(host)) == (("none",), "=6.12.117", ["a", "b", "cdi"])
+    target = _load(fleet, target="big")
+    assert (target.base_name, target.base_reason) == ("centos", "target big")
+    assert _names(target) == ["container-toolkit", "zfs", "a", "b"], "centos brings the first"
+
+
+def test_command_line_goes_before_what_a_host_says(fleet: Site) -> None:
+    host = _load(fleet, host="own", vendor="nvidia", base="centos", with_layers=["zfs"])
+    assert (host.base_name, host.vendors) == ("centos", ("nvidia",))
+    assert "zfs" in _names(host)
+
+
+def test_chosen_kernels_have_sections_of_their_own(fleet: Site) -> None:
+    assert _load(fleet, host="silent").section == "debian/nvidia/a+zfs/>=6.12"
+    assert _load(fleet, host="own").section == "debian/none/a+b+cdi/=6.12.117"
+
+
+def test_section_of_a_lock_holds_for_layers_in_any_order(site: Site) -> None:
+    _layers(site, a="packages: [a]", b="packages: [b]")
+    requests = {request_of(site.load(with_layers=names)) for names in (["a", "b"], ["b", "a"])}
+    assert len(requests) == 1
+
+
+def _all(site: Site, **options: object) -> list[str]:
+    return [each.name for each in load_all(tier=2, folder=site.folder, **options)]  # type: ignore[arg-type]
+
+
+def test_targets_are_what_is_asked_for_when_nothing_is_named(fleet: Site) -> None:
+    assert _all(fleet) == ["debian-nvidia", "big"]
+    assert _all(fleet, with_layers=["b"]) == ["debian-nvidia", "big"]
+    assert _all(fleet, vendor=["none"]) == ["debian-none"]
+    assert _all(fleet, base="centos") == ["centos-nvidia"]
+    assert _all(fleet, hosts=["own", "own"]) == ["own"]
+    assert _all(fleet, targets=["big"], hosts=["own"]) == ["big", "own"]
+    assert _all(fleet, all_hosts=True, hosts=["own"]) == ["own", "silent"]
+
+
+def test_site_without_targets_is_one_image(site: Site) -> None:
+    assert _all(site) == ["debian-none"]
+    site.write("imgbuild.yaml", "hosts: [{name: a}]\n")
+    assert _all(site) == ["debian-none"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "hint"),
+    [
+        ({"hosts": ["onw"]}, "unknown host `onw`", "did you mean `own`? There is: own, silent"),
+        ({"targets": ["own"]}, "unknown target `own`", "There is: big, debian-nvidia"),
+    ],
+)
+def test_unknown_host_is_refused_with_the_nearest(
+    fleet: Site, options: dict[str, object], says: str, hint: str
+) -> None:
+    with pytest.raises(DefinitionError) as raised:
+        _all(fleet, **options)
+    assert (raised.value.what, raised.value.help) == (says, hint)
+
+
+def test_site_without_hosts_says_so(site: Site) -> None:
+    for options in ({"hosts": ["a"]}, {"all_hosts": True}):
+        with pytest.raises(DefinitionError) as raised:
+            _all(site, **options)
+        assert "`imgbuild.yaml` has no `hosts:`" in raised.value.what + raised.value.help
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "where"),
+    [
+        ("hosts:\n- name: a\n- name: b\n- name: a\n", "host `a` has the name of the host in line 2", "4:9"),
+        ("targets:\n- name: a\nhosts:\n- name: a\n", "host `a` has the name of the target in line 2", "4:9"),
+        ("targets:\n- {with: [zfs]}\n- {vendor: none}\n",
+         "target `debian-none` has the name of the target in line 2", "3:3"),
+    ],
+)  # fmt: skip
+def test_name_that_is_there_twice_is_refused_at_its_place(
+    site: Site, text: str, what: str, where: str
+) -> None:
+    site.write("imgbuild.yaml", text)
+    with pytest.raises(DefinitionError) as raised:
+        site.load()
+    assert raised.value.what == what
+    assert str(raised.value.where).startswith(f"imgbuild.yaml:{where}  ")
+
+
+@pytest.mark.parametrize("name", ["A", "a..b", "a-", "-a", "a/b", "a b", "", "a___b"])
+def test_name_of_a_host_must_be_fit_for_images(site: Site, name: str) -> None:
+    site.write("imgbuild.yaml", f"hosts: [{{name: '{name}'}}]\n")
+    with pytest.raises(DefinitionError, match=r"`hosts\[0\]\.name` has a form that is not allowed"):
+        site.load()
+
+
+@pytest.mark.parametrize(
+    ("own", "what", "where"),
+    [
+        ("base: debain", "unknown base `debain`", "imgbuild.yaml:4:9  hosts[0].base"),
+        ("vendor: nvida", "unknown vendor `nvida` for base `debian`", "imgbuild.yaml:4:11  hosts[0].vendor"),
+        ("vendors: [amd, nvida]", "unknown vendor `nvida` for base `debian`",
+         "imgbuild.yaml:4:18  hosts[0].vendors[1]"),
+        ("with: [zfs, zsf]", "unknown layer `zsf`", "imgbuild.yaml:4:15  hosts[0].with[1]"),
+        ("without: [cid]", "unknown layer `cid`", "imgbuild.yaml:4:13  hosts[0].without[0]"),
+        ("with: [x, y]", "layers `x` and `y` cannot be in one image", "imgbuild.yaml:3:3  hosts[0]"),
+    ],
+)  # fmt: skip
+def test_mistake_of_a_host_is_told_at_its_place(site: Site, own: str, what: str, where: str) -> None:
+    _layers(site, x="conflicts: [y]", y="")
+    site.write("imgbuild.yaml", f"base: debian\nhosts:\n- name: a\n  {own}\n")
+    with pytest.raises(DefinitionError) as raised:
+        load_all(tier=2, folder=site.folder, hosts=["a"])
+    assert (raised.value.what, str(raised.value.where)) == (what, where)
+    site.load()  # nobody asked for that host
+
+
+def test_mistake_on_the_command_line_is_not_blamed_on_the_host(fleet: Site) -> None:
+    with pytest.raises(DefinitionError) as raised:
+        _load(fleet, host="own", vendor="nvida")
+    assert raised.value.where is None
+
+
+def test_mistakes_of_several_hosts_are_told_together_and_shared_ones_once(site: Site) -> None:
+    site.write("imgbuild.yaml", "vendor: nvida\nhosts: [{name: a}, {name: b}, {name: c, base: x}]\n")
+    with pytest.raises(DefinitionError) as raised:
+        load_all(tier=2, folder=site.folder, all_hosts=True)
+    assert [raised.value.what, *(other.what for other in raised.value.others)] == [
+        "unknown vendor `nvida` for base `debian`",
+        "unknown base `x`",
+    ]
+
+
+def test_change_of_a_driver_that_only_other_targets_have_is_taken(site: Site) -> None:
+    site.write(
+        "imgbuild.yaml", "kmods: {nvidia: {version: 580.1}}\ntargets: [{vendor: none}, {vendor: nvidia}]\n"
+    )
+    none, nvidia = load_all(tier=2, folder=site.folder)
+    assert (list(none.kmods), nvidia.kmods["nvidia"][0].version) == ([], "580.1")
+    site.edit("imgbuild.yaml", "kmods: {nvidia", "kmods: {nvdia")
+    with pytest.raises(DefinitionError, match="changes kmod `nvdia`") as raised:
+        load_all(tier=2, folder=site.folder)
+    assert str(raised.value.where) == "imgbuild.yaml:1:16  kmods.nvdia"
