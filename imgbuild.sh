@@ -11,9 +11,9 @@ here=$(dirname -- "$(readlink -f -- "$0")")
 venv=$here/.venv
 packages="apt-utils buildah ca-certificates crun debian-archive-keyring kmod mmdebstrap netavark python3-apt
     skopeo systemd uidmap xz-utils zstd"
-# The tests start a real registry (a container of podman, or a process) and sign package repositories.
+# The tests start a real registry (a container of podman, or a process) and make and sign package repositories.
 [ "${1-}" != test ] ||
-    packages="$packages catatonit docker-registry git gpg gpg-agent podman procps slirp4netns"
+    packages="$packages catatonit createrepo-c docker-registry git gpg gpg-agent podman procps rpm slirp4netns"
 
 say() { echo "imgbuild.sh: $*" >&2; }
 die() { say "$*"; exit 4; }

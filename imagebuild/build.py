@@ -176,6 +176,9 @@ def build(
             files, bytes_ = builder.prepare(todo)
             builder.run(todo)
         results |= builder.results
+    for item in rendered:
+        if results[item.node.name].status == "cached":  # built for another image, perhaps
+            _remember(plan, item, state)
     target = rendered[-1]
     assert target.image is not None
     if todo:
@@ -192,6 +195,16 @@ def build(
         files,
         bytes_,
     )
+
+
+def _remember(plan: Plan, item: Rendered, state: State, seconds_taken: float | None = None) -> None:
+    """Note what a node of this selection was made from, and how long that took."""
+    name = journal_name(plan, item.node)
+    before = state.journal(name)
+    if seconds_taken is None and before.get("key") == item.key:
+        return
+    took = before.get("seconds") if seconds_taken is None else round(seconds_taken, 1)
+    state.remember(name, {"key": item.key, "inputs": dict(item.inputs), "seconds": took})
 
 
 def _full(name: str) -> str:
@@ -491,10 +504,7 @@ class _Builder:
             item.node.name, status, item.key, item.image, round(step.elapsed_s, 2)
         )
         if status == "built":
-            self.state.remember(
-                journal_name(self.plan, item.node),
-                {"key": item.key, "inputs": dict(item.inputs), "seconds": round(step.elapsed_s, 1)},
-            )
+            _remember(self.plan, item, self.state, step.elapsed_s)
 
     def _waits(self, step: Step, text: str) -> None:
         step.line(text)

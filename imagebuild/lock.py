@@ -340,12 +340,14 @@ def _kept(selection: Selection, known: Lockfile, upgrade: Upgrade) -> _Kept:
     same_base = [s for name, s in sorted(known.sections.items()) if name.split("/")[0] == selection.base_name]
     sections = [old] if old is not None else same_base
     if upgrade.names:
-        movable = {"base", "kernel", *selection.kmods, *(piece.name for piece in selection.pieces)}
-        movable |= {p.name for s in sections for p in s.packages()} | {i for s in sections for i in s.images}
+        groups = {"base", "kernel", *selection.kmods, *(piece.name for piece in selection.pieces)}
+        movable = (
+            groups
+            | {p.name for s in sections for p in s.packages()}
+            | {i for s in sections for i in s.images}
+        )
         for name in sorted(upgrade.names - movable):
-            raise DefinitionError(
-                f"the lock has no `{name}` that could be moved", help=nearest(name, movable)
-            )
+            raise DefinitionError(f"the lock has no `{name}` that could be moved", help=nearest(name, groups))
     if upgrade.everything or not sections:
         return _Kept({})
     moved = set(upgrade.names)

@@ -5,6 +5,7 @@ registry     a running, empty registry (see registries.Registry): `.address`, `.
 storage      a container storage of its own; from its first use on, buildah and skopeo use it.
 make_image   name, files → a small image built FROM scratch in `storage`.
 tiny_image   the name of one such image.
+rehearsal    the world of base `centos`: registry, repositories, mirror map (see rehearsal.fixtures).
 
 Set IMGBUILD_TEST_REGISTRY=process to have the registry as a process where containers would work.
 """
@@ -24,6 +25,7 @@ from imagebuild import images
 
 from .integration.registries import Registry, container_registry, process_registry, remove_storage
 from .integration.workshop import TOY_BUILD, Site, toy_site
+from .rehearsal.fixtures import private_rehearsal, rehearsal  # noqa: F401
 
 BUILD_TIME = 1_700_000_000
 

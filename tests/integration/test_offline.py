@@ -137,7 +137,7 @@ def image_site(site: Site, digest: str, address: str, repository: str) -> Site:
     )
     selection = load(tier=1, base="toyel", folder=site.folder)
     section = Section(
-        request=request_of(selection),
+        request=request_of(selection, digest),
         kernel_release="6.12.0-1.el10.x86_64",
         base_image=f"quay.example/{repository}:stream10",
         base_digest=digest,

@@ -8,7 +8,7 @@ for modules in /usr/lib/modules/*; do
     [ "$other" != "$release" ] || continue
     echo "imgbuild: removing kernel $other"
     # What owns files of it, and the metapackage: no more, so that rpm refuses where anything else needs them.
-    owners=$(find "$modules" -maxdepth 1 -exec rpm --query --file --queryformat '%{NEVRA} %{EVR}\n' {} + |
+    owners=$(find "$modules" -exec rpm --query --file --queryformat '%{NEVRA} %{EVR}\n' {} + |
         grep -v ' is not owned by any package$' | sort -u)
     for version in $(echo "$owners" | cut -d' ' -f2 | sort -u); do
         owners="$owners

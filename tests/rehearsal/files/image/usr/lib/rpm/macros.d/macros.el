@@ -1,0 +1,1 @@
+%_dbpath /usr/lib/sysimage/rpm
