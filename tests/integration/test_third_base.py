@@ -1,0 +1,54 @@
+"""A third distribution, told in YAML alone: another set of packages and kernel, and the toy driver."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+from imagebuild import images
+
+from .workshop import Site, toy_site
+
+BASE = """\
+summary: a cloud flavour, which nothing in Python knows
+package_manager: apt
+arch: amd64
+bootc: false
+module_compression: none
+repositories:
+  - name: debian
+    label: Debian
+    suites: [trixie]
+    components: [main]
+    keyring: /usr/share/keyrings/debian-archive-keyring.gpg
+tier1:
+  bootstrap:
+    suite: trixie
+    packages: [ca-certificates, dbus, iproute2, kmod, libpam-systemd, systemd, systemd-sysv, udev, zstd, less]
+    exclude: [/usr/share/doc/*, /usr/share/man/*, /usr/share/locale/*]
+kernel:
+  range: ">=6.12, <6.13"
+  packages: [linux-image-cloud-amd64, dracut]
+  release_from: linux-image-{release}
+  releases: '[0-9.]+\\+deb13-cloud-amd64'
+  headers: ["linux-headers-{release}"]
+  image_package: linux-image-{release}
+toolchain: [gcc, make, patch, xz-utils]
+"""
+
+
+def test_third_base_goes_the_whole_line(make_site: Callable[[str], Site]) -> None:
+    site = make_site("third")
+    toy_site(site.folder, site.env)
+    site.write("base/third/base.yaml", BASE)
+    shutil.copytree(site.folder / "base/debian/toy", site.folder / "base/third/toy")
+    words = ("--base", "third", "--vendor", "toy")
+    built = site.build(*words)
+    assert built["nodes"][-1]["status"] == "built"
+    labels = images.labels(built["image"])
+    assert labels["io.imgbuild.base"] == "third"
+    assert labels["io.imgbuild.kernel-release"].endswith("+deb13-cloud-amd64")
+    report = site.run("check", "--json", built["image"]).json
+    for name in ("one-kernel", "vermagic", "symbol-crcs", "modprobe-resolves", "modules-owned"):
+        assert name in report["passed"], report["findings"]
+    assert set(site.nodes(site.build(*words)).values()) == {"cached"}
