@@ -512,13 +512,14 @@ def _fill_contexts(run: _Run, items: Sequence[Rendered], out: Path) -> list[str]
     written = []
     commands = [
         "#!/bin/sh",
-        "# Builds every node in order, once packages/ is filled: it holds what was in the store.",
+        "# Builds every node in order, once packages/ and keys/ are filled: they hold what was in the store.",
         "set -eu",
         'cd "$(dirname "$0")"',
     ]
     for item in items:
         folder = out / item.node.name
-        known = [p.sha256 for p in item.packages] + ([item.tarball[1]] if item.tarball else [])
+        known = [*(p.sha256 for p in item.packages), *item.keys.values()]
+        known += [item.tarball[1]] if item.tarball else []
         there = {sha256: run.state.stored(sha256) for sha256 in known if run.state.has(sha256)}
         write_context(item, folder, there)
         if item.node.kind == "bootstrap":

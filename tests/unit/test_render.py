@@ -352,6 +352,23 @@ def test_render_out_writes_every_context_and_a_script_that_builds_them(
     assert "error: `my contexts` is not empty" in again.err
 
 
+def test_contexts_hold_the_keys_that_their_packages_are_verified_with(
+    site: Site, imgbuild: Imgbuild, tmp_path: Path
+) -> None:
+    selection = site.load("centos", "nvidia")
+    section = synthetic_section(selection)
+    (repository,) = {package.repository for package in section.transactions["tier2"]}
+    digest = hashlib.sha256(b"key").hexdigest()
+    section.keys[repository] = digest
+    write(lock_path(selection), Lockfile(sections={selection.section: section}))
+    stored = tmp_path / "state/store" / digest[:2] / digest
+    stored.parent.mkdir(parents=True)
+    stored.write_text("key")
+    found = imgbuild("render", "--base", "centos", "--vendor", "nvidia", "--out", "out")
+    assert found.code == 0, found.err
+    assert (site.folder / f"out/tier2/keys/{repository}.asc").read_text() == "key"
+
+
 def test_render_prints_what_it_writes(site: Site, imgbuild: Imgbuild) -> None:
     printed = imgbuild("render", "--vendor", "nvidia", "--node", "tier2")
     assert printed.code == 0
