@@ -1,4 +1,4 @@
-"""A third distribution, told in YAML alone: Debian 12, with a cloud kernel and the toy driver."""
+"""A third distribution, told in YAML alone: Debian 12 with the toy driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from imagebuild import images
 from .workshop import Site, toy_site
 
 BASE = """\
-summary: Debian 12 with a cloud kernel, which nothing in Python knows
+summary: Debian 12, which nothing in Python knows
 package_manager: apt
 arch: amd64
 bootc: false
@@ -28,9 +28,9 @@ tier1:
     exclude: [/usr/share/doc/*, /usr/share/man/*, /usr/share/locale/*]
 kernel:
   range: ">=6.1, <6.2"
-  packages: [linux-image-cloud-amd64, dracut]
+  packages: [linux-image-amd64, dracut]
   release_from: linux-image-{release}
-  releases: '[0-9.]+-[0-9]+-cloud-amd64'
+  releases: '[0-9.]+-[0-9]+-amd64'
   headers: ["linux-headers-{release}"]
   image_package: linux-image-{release}
 toolchain: [gcc, make, patch, xz-utils]
