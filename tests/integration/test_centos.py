@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socketserver
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,25 @@ def test_userland_of_another_version_than_the_modules_is_refused(site: Site, bro
 def test_server_that_fails_half_the_time_is_asked_again(site: Site, broken: Rehearsal) -> None:
     broken.flaky(contents.CUDA)
     lock(site, broken)
+
+
+def test_mirror_map_is_asked_and_nobody_else(
+    site: Site, world: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Proxy(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.request.recv(200))
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_address[1]}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        lock(site, world)
+        proxy.shutdown()
+    assert asked == []
 
 
 @pytest.mark.parametrize("refused", [False, True])

@@ -118,7 +118,11 @@ class Solver:
             repo = base.repos.get(name)
             if repo is None:
                 continue
-            repo.baseurl, repo.metalink, repo.mirrorlist = [place["uri"]], None, None
+            repo.baseurl = [place["uri"]]
+            # To set them to None changes nothing, and they would be asked first.
+            for option in ("metalink", "mirrorlist"):
+                if getattr(repo, option):
+                    setattr(repo, option, "")
             if place["key"]:
                 repo.gpgkey = ["file://" + place["key"]]
         for item in self.question["repositories"]:
