@@ -137,6 +137,7 @@ class Bootstrap(Strict, frozen=True, kw_only=True):
 
     suite: Word
     variant: Literal["essential", "apt", "minbase"] = "minbase"
+    """What is there beside `packages` and apt: essential packages, or (minbase) the required ones too."""
     packages: tuple[PackageSpec, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     """Paths that no package may install, now or in later tiers."""

@@ -494,7 +494,10 @@ def _kernel(
     first: list[dict[str, Any]] = []
     if bootstrap is not None:
         packages = ["apt", *bootstrap.packages]
-        first.append({"name": "tier1", "after": [], "install": packages, "essential": True})
+        required = bootstrap.variant == "minbase"
+        first.append(
+            {"name": "tier1", "after": [], "install": packages, "essential": True, "required": required}
+        )
 
     def transactions(install: Iterable[str]) -> list[dict[str, Any]]:
         return [*first, {"name": "kernel", "after": ["tier1"], "install": list(install)}]

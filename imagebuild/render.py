@@ -374,8 +374,6 @@ def _bootstrap_script(selection: Selection) -> str:
         .get_template(str(template))
         .render(
             bootstrap=bootstrap,
-            # Only the locked packages are there, so a version asked for needs no repeating.
-            names=[re.split(r"[ =<>]", spec)[0] for spec in bootstrap.packages],
             arch=selection.base.arch,
         )
     )

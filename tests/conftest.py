@@ -24,8 +24,9 @@ import pytest
 from imagebuild import images
 
 from .integration.registries import Registry, container_registry, process_registry, remove_storage
-from .integration.workshop import TOY_BUILD, Site, toy_site
+from .integration.workshop import TOY_BUILD, TOY_CENTOS, Site, toy_centos_site, toy_site
 from .rehearsal.fixtures import private_rehearsal, rehearsal  # noqa: F401
+from .rehearsal.look_alike import Rehearsal
 
 BUILD_TIME = 1_700_000_000
 
@@ -165,4 +166,13 @@ def toy(make_site: Callable[[str], Site], toy_lock: str) -> Site:
     site = make_site("toy")
     toy_site(site.folder, site.env)
     site.write("imgbuild.lock", toy_lock)
+    return site
+
+
+@pytest.fixture(scope="session")
+def toy_centos(make_site: Callable[[str], Site], rehearsal: Rehearsal) -> Site:  # noqa: F811
+    """A site with the toy vendor for base centos, built; the result lies in first.json."""
+    site = toy_centos_site(make_site("toy-centos"))
+    outcome = site.run("build", "--json", *TOY_CENTOS, "--mirror-map", str(rehearsal.mirror_map))
+    (site.folder / "first.json").write_text(outcome.out)
     return site

@@ -6,17 +6,24 @@ The line that it goes when nothing is wrong is in test_line.py, as that of all b
 from __future__ import annotations
 
 import json
+import shutil
+import socketserver
 import subprocess
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imagebuild import images
+from tests.conftest import fresh_storage
 
 from ..rehearsal import contents
+from ..rehearsal.image import UNSHARE_MACRO
 from ..rehearsal.look_alike import Rehearsal
-from .workshop import Site
+from .test_line import in_image
+from .workshop import TOY_CENTOS, Site, toy_centos_site
 
 OLD, NEW = (contents.release_of(contents.KERNELS[kernel]) for kernel in ("old", "new"))
 NO_HEADERS = "has no headers in the repositories: moved"
@@ -167,6 +174,25 @@ def test_server_that_fails_half_the_time_is_asked_again(site: Site, broken: Rehe
     lock(site, broken)
 
 
+def test_mirror_map_is_asked_and_nobody_else(
+    site: Site, world: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Proxy(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.request.recv(200))
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_address[1]}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        lock(site, world)
+        proxy.shutdown()
+    assert asked == []
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_repository_that_is_down_is_named_and_nothing_is_skipped(
     site: Site, broken: Rehearsal, refused: bool
@@ -174,3 +200,55 @@ def test_repository_that_is_down_is_named_and_nothing_is_skipped(
     broken.down(contents.CUDA, refused=refused)
     said = lock(site, broken, code=4)
     assert contents.CUDA in said and not (site.folder / "imgbuild.lock").exists()
+
+
+# --- a small driver: traps, another machine, a core -------------------------------------------------
+
+
+def test_plugin_of_rpm_that_no_chroot_can_use_is_not_used(
+    toy_centos: Site, site: Site, broken: Rehearsal
+) -> None:
+    broken.base_kernel("both", unshare_plugin=True)
+    toy_centos_site(site)
+    built = site.build(*TOY_CENTOS, "--mirror-map", str(broken.mirror_map))
+    assert set(site.nodes(built).values()) == {"built"}
+    # The trap is there, and left alone.
+    with images.mounted(built["image"]) as root:
+        assert (root / UNSHARE_MACRO).read_text().strip()
+        assert not list((root / "etc/rpm").glob("macros.imgbuild*"))
+        assert "libuutil.so" in (root / "etc/ld.so.cache").read_text(errors="replace")
+        assert [path.name for path in (root / "usr/lib/modules").iterdir()] == [NEW]
+    report = site.run("check", "--json", built["image"]).json
+    assert "package-files" in report["passed"] and "modules-owned" in report["passed"]
+
+
+def test_gathered_packages_build_the_same_image_with_the_network_cut(
+    toy_centos: Site, rehearsal: Rehearsal, tmp_path: Path
+) -> None:
+    usb = tmp_path / "usb"
+    toy_centos.run("fetch", str(usb), *TOY_CENTOS, "--mirror-map", str(rehearsal.mirror_map))
+    with fresh_storage(tmp_path / "storage") as fresh:
+        env = {
+            "IMGBUILD_STATE_DIR": str(tmp_path / "state"),
+            "CONTAINERS_STORAGE_CONF": str(fresh.conf),
+        }
+        shutil.copytree(toy_centos.folder, tmp_path / "site")
+        (tmp_path / "site/imgbuild.lock").unlink()  # the folder has a copy
+        apart = Site(tmp_path / "site", env, prefix=("unshare", "--net"))
+        said = apart.run("build", "--json", *TOY_CENTOS, "--offline", str(usb))
+    first = json.loads((toy_centos.folder / "first.json").read_text())
+    assert set(apart.nodes(said.json).values()) == {"built"}
+    assert said.json["digest"] == first["digest"] and said.json["downloaded_files"] == 0
+
+
+@pytest.mark.full
+def test_openzfs_compiles_and_checks(site: Site, rehearsal: Rehearsal) -> None:
+    arguments = ("--base", "centos", "--vendor", "none", "--with", "zfs")
+    built = site.build(*arguments, "--mirror-map", str(rehearsal.mirror_map))
+    assert site.nodes(built)["kmod-zfs"] == "built"
+    report = site.run("check", "--json", built["image"]).json
+    severities = {finding["check"]: finding["severity"] for finding in report["findings"]}
+    assert {"fatal", "could-not-run"}.isdisjoint(severities.values())
+    for name in ("vermagic", "symbol-crcs", "modules-owned", "modprobe-resolves", "package-files"):
+        assert name in report["passed"]
+    assert in_image(built["image"], "rpm -V --nomtime zfs kmod-zfs") == ""

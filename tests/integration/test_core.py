@@ -15,8 +15,10 @@ from elftools.elf.elffile import ELFFile
 from imagebuild import images
 from imagebuild.load import shipped
 
+from ..rehearsal import contents
+from ..rehearsal.look_alike import Rehearsal
 from .registries import Registry
-from .workshop import TOY_BUILD, Site
+from .workshop import TOY_BUILD, TOY_CENTOS, Site, toy_centos_site
 
 CORE = """\
     core:
@@ -67,14 +69,14 @@ rules:
 """
 
 
-def with_core(site: Site) -> Site:
-    """Give the toy module a core."""
+def with_core(site: Site, base: str = "debian", headers: str = "libc6-dev") -> Site:
+    """Give the toy module a core; `headers` is the package of the C library's."""
     site.write("source/core/answer.c", ANSWER)
     site.write("source/Kbuild", KBUILD)
     (site.folder / "source/toy.c").rename(site.folder / "source/main.c")
     site.edit("source/main.c", "int toy_answer(void);", "int toy_answer(void);\nint toy_core_answer(void);")
     site.edit("source/main.c", "return 42;", "return toy_core_answer();")
-    site.edit("base/debian/toy/vendor.yaml", "    package:\n", CORE)
+    site.edit(f"base/{base}/toy/vendor.yaml", "    package:\n", CORE.replace("libc6-dev", headers))
     return site
 
 
@@ -191,3 +193,25 @@ def test_cache_registry_holds_cores_too(cored: Site, registry: Registry) -> None
     cored.edit("source/main.c", "the answer is", "the cached answer is")
     nodes = cored.nodes(cored.build(*TOY_BUILD, *cache))
     assert nodes["kmod-toy-core"] == "pulled" and nodes["kmod-toy"] == "built"
+
+
+def test_core_on_an_rpm_base_has_a_compiler_without_kernel_headers(
+    make_site: Callable[[str], Site], rehearsal: Rehearsal
+) -> None:
+    site = with_core(toy_centos_site(make_site("core-centos")), "centos", "glibc-devel")
+    words = (*TOY_CENTOS, "--mirror-map", str(rehearsal.mirror_map))
+    built = site.build(*words)
+    nodes = {node["name"]: node for node in built["nodes"]}
+    assert nodes["kmod-toy-core"]["status"] == nodes["kmod-toy"]["status"] == "built"
+    assert symbols(built["image"])["toy_core_answer"] != "SHN_UNDEF"
+    report = site.run("check", "--json", built["image"]).json
+    assert {"symbol-crcs", "vermagic", "modules-owned", "package-files"} <= set(report["passed"])
+    # The compiler's packages bring headers of the kernel, which only the core's own stage takes away.
+    with images.mounted(nodes["toolchain"]["image"]) as root:
+        assert (root / "usr/include/linux").is_dir()
+    # Another kernel, the same core.
+    site.write("imgbuild.yaml", f'kernel: "{contents.release_of(contents.KERNELS["old"])}"\n')
+    site.run("lock", *words)
+    planned = {node["name"]: node for node in site.run("plan", "--json", *words).json["nodes"]}
+    assert planned["kmod-toy-core"]["key"] == nodes["kmod-toy-core"]["key"]
+    assert planned["kmod-toy"]["key"] != nodes["kmod-toy"]["key"]

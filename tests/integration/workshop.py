@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from imagebuild.load import shipped
+
 TOY = Path(__file__).parent / "toy"
 LIMIT_S = 1500
 
@@ -102,4 +106,18 @@ def toy_site(folder: Path, env: Mapping[str, str]) -> Site:
     return Site(folder, env)
 
 
+def toy_centos_site(site: Site) -> Site:
+    """Give a site the vendor `toy` for base centos, with a package of a repository that is signed."""
+    shutil.copytree(TOY / "source", site.folder / "source")
+    shutil.copytree(TOY / "base/debian/toy", site.folder / "base/centos/toy")
+    site.edit("base/centos/toy/vendor.yaml", '"toy-kmod (= {version})"', '"toy-kmod = {version}"')
+    layer = yaml.safe_load((shipped() / "layers/zfs/layer.yaml").read_text(encoding="utf-8"))
+    # A library, whose scriptlet runs ldconfig.
+    more = {"repositories": layer["for"]["centos"]["repositories"], "packages": ["libuutil3"]}
+    place = site.folder / "base/centos/toy/vendor.yaml"
+    place.write_text(place.read_text(encoding="utf-8") + yaml.safe_dump(more), encoding="utf-8")
+    return site
+
+
 TOY_BUILD = ("--tier", "2", "--vendor", "toy")
+TOY_CENTOS = ("--base", "centos", "--vendor", "toy")

@@ -291,7 +291,8 @@ def kernel_devel(version: str) -> Callable[[Bench], Iterator[Rpm]]:
 
     def make(bench: Bench) -> Iterator[Rpm]:
         release = release_of(version)
-        left_out = [f"usr/src/*/arch/{name}" for name in OTHER_ARCHITECTURES]
+        # With a vmlinux, kbuild wants pahole for each module; EL's kernel-devel has neither.
+        left_out = ["usr/src/*/vmlinux", *(f"usr/src/*/arch/{name}" for name in OTHER_ARCHITECTURES)]
         tree = bench.unpacked(*headers_of(version), without=left_out)
         sources = tree / "usr/src"
         target = sources / "kernels" / release

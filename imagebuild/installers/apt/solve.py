@@ -5,7 +5,8 @@ object on stdin and writes one on stdout:
 
     in   {"folder": str, "arch": str, "sources": [line], "promises": [stanza], "prefer": {name: version},
           "repositories": {name: uri}, "update": bool, "release_from": pattern, "releases_of": [pattern],
-          "transactions": [{"name": str, "after": [name], "install": [spec], "essential": bool}],
+          "transactions": [{"name": str, "after": [name], "install": [spec], "essential": bool,
+                            "required": bool}],
           "done": {transaction: [package]}, "candidates": [spec], "offered": [name]}
     out  {"transactions": {name: [package]}, "releases": {transaction: [kernel release]},
           "candidates": {spec: package}, "offered": {name: [version]},
@@ -171,12 +172,13 @@ class Solver:
                 below.add(name)
         wanted = []
         if transaction.get("essential"):
+            # Priority 0 is none at all, which a repository's own packages may have.
+            priorities = (apt_pkg.PRI_REQUIRED,) if transaction["required"] else ()
             for package in self.cache.packages:
                 if package.architecture != self.arch or not package.has_versions:
                     continue
                 candidate = depcache.get_candidate_ver(package)
-                # Priority 0 is none at all, which a repository's own packages may have.
-                if candidate and (package.essential or candidate.priority == apt_pkg.PRI_REQUIRED):
+                if candidate and (package.essential or candidate.priority in priorities):
                     wanted.append(package)
         for spec in transaction["install"]:
             wanted.append(self.find(spec, depcache))

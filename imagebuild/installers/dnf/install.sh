@@ -6,6 +6,14 @@ shift
 log=/tmp/imgbuild-dnf.log
 # rpm writes it into its database as the time of installation: the same packages, the same bytes.
 export SOURCE_DATE_EPOCH=1700000000
+# rpm 4.20 brings a plug-in that gives each scriptlet namespaces of its own, which a build step may not make:
+# every scriptlet fails then. dnf takes macros from files alone.
+macros=/etc/rpm/macros.imgbuild
+made=
+[ -d /etc/rpm ] || made=/etc/rpm
+mkdir -p /etc/rpm
+echo '%__transaction_unshare %{nil}' > "$macros"
+trap 'rm -f "$macros"; [ -z "$made" ] || rmdir "$made"' EXIT
 
 # install RPM...: one transaction; what dnf keeps to itself counts too.
 install() {

@@ -118,7 +118,11 @@ class Solver:
             repo = base.repos.get(name)
             if repo is None:
                 continue
-            repo.baseurl, repo.metalink, repo.mirrorlist = [place["uri"]], None, None
+            repo.baseurl = [place["uri"]]
+            # To set them to None changes nothing, and they would be asked first.
+            for option in ("metalink", "mirrorlist"):
+                if getattr(repo, option):
+                    setattr(repo, option, "")
             if place["key"]:
                 repo.gpgkey = ["file://" + place["key"]]
         for item in self.question["repositories"]:
@@ -217,20 +221,24 @@ class Solver:
         )
         return self.releases(pattern, found)
 
-    def prefer(self, on):
-        """Keep to the versions that were locked, where the repositories still have them."""
+    def prefer(self, on, settled=()):
+        """Keep to the versions that were locked, where the repositories still have them.
+
+        Names that are settled already are left alone: an earlier transaction may have dropped its preference.
+        """
         self.base.sack.reset_excludes()
         if not on:
             return
         available = self.available()
         for name, version in self.question["prefer"].items():
             named = available.filter(name=name)
-            if named.filter(evr=version):
+            if name not in settled and named.filter(evr=version):
                 self.base.sack.add_excludes(named.difference(named.filter(evr=version)))
 
     def solve(self, transaction):
+        below = {p.name for earlier in transaction["after"] for p in self.done.get(earlier, {}).values()}
         try:
-            self.prefer(True)
+            self.prefer(True, below)
             return self.attempt(transaction)
         except SolveError:
             if not self.question["prefer"]:
