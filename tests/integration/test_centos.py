@@ -175,7 +175,7 @@ def test_server_that_fails_half_the_time_is_asked_again(site: Site, broken: Rehe
 
 
 def test_mirror_map_is_asked_and_nobody_else(
-    site: Site, world: Rehearsal, monkeypatch: pytest.MonkeyPatch
+    site: Site, rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -188,7 +188,7 @@ def test_mirror_map_is_asked_and_nobody_else(
         for name in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_address[1]}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        lock(site, world)
+        lock(site, rehearsal)
         proxy.shutdown()
     assert asked == []
 
